@@ -39,7 +39,7 @@ build: $(STAMP)
 $(STAMP): $(INPUTS)
 	$(PYTHON) -m venv $(VENV)
 	if command -v nvcc; then $(RUN) -m pip install -q --no-deps -c constraints.txt nvidia-cutlass; fi
-	$(RUN) -m pip install -c constraints.txt -e '.[cpu,demo,dev]'
+	$(RUN) -m pip install -c constraints.txt -e '.[cpu,demo,dev,docs]'
 	mkdir -p $(PYTEST_DEBUG_TEMPROOT)
 	touch $@
 
@@ -93,13 +93,9 @@ gpu-rehearsal:
 report: $(STAMP)
 	$(RUN) -m benchmarks.report
 
-$(VENV)/.docs: $(STAMP)
-	$(RUN) -m pip install -q -c constraints.txt -e '.[docs]'
-	touch $@
-
 # The variable turns off a notice about MkDocs 2, which --strict does not count as a warning.
 docs: export NO_MKDOCS_2_WARNING := 1
-docs: $(VENV)/.docs
+docs: $(STAMP)
 	$(RUN) -m mkdocs build --strict
 
 lint: $(STAMP)

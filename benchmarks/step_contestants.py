@@ -134,7 +134,7 @@ class Ours:
         self.imported = memory()
         kind = DTYPES[dtype]
         sharded = tune == "full" and kind != torch.float32
-        device = distributed.start(alone=sharded)  # codespell:ignore
+        device = distributed.start(single=sharded)
         inputs = load_inputs(
             folder / "model",
             folder / "pairs.parquet",

@@ -1,6 +1,6 @@
-"""rDPO in a loop under accelerate.
+"""rDPO in a loop under accelerate, on GPUs or CPUs.
 
-`accelerate launch --multi_gpu --num_processes 2 accelerate_loop.py`, without GPUs, too.
+accelerate launch --multi_gpu --num_processes 2 accelerate_loop.py
 """
 
 import os
@@ -16,7 +16,7 @@ from realign_kernels import rdpo_loss
 
 
 class Loss(nn.Module):
-    """Model and loss in one module: what DDP wraps must see the whole forward."""
+    """Model and loss in one module, since DDP must wrap the whole forward."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Loss(nn.Module):
 def main() -> None:
     given = options(__doc__)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    with accelerator.main_process_first():  # one of them makes the pairs
+    with accelerator.main_process_first():  # builds the pairs
         model, processor, records = load(given)
     ranks, rank = accelerator.num_processes, accelerator.process_index
     batches = [batch[rank::ranks] for batch in places(len(records), given.steps, given.batch_size)]
@@ -55,7 +55,7 @@ def main() -> None:
         model.save_pretrained(f"{given.output}/model")
         processor.save_pretrained(f"{given.output}/model")
     accelerator.end_training()
-    if accelerator.device.type == "cpu":  # gloo's threads can hang a process that cleans up
+    if accelerator.device.type == "cpu":  # gloo's threads can hang the process at its end
         sys.stdout.flush()
         os._exit(0)
 

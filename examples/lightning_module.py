@@ -9,7 +9,7 @@ from realign_kernels import rdpo_loss
 
 
 class RDPO(lightning.LightningModule):
-    """A vision-language model under rDPO. A batch is (inputs, labels, reference log-probs)."""
+    """A vision-language model with the rDPO loss. A batch: inputs, labels, reference log-probs."""
 
     def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
         super().__init__()

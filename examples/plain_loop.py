@@ -11,7 +11,7 @@ def main() -> None:
     model, processor, records = load(given)
     batches = places(len(records), given.steps, given.batch_size)
 
-    # The reference is the model before its first step: its log-probs are constants.
+    # The reference is the model before its first step, so its log-probs are constants.
     encoded = [batch_of(processor, [records[i] for i in batch]) for batch in batches]
     references = [reference_logps(model, *one) for one in encoded]
 

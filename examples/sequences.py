@@ -1,4 +1,4 @@
-"""Three padded sequences for each record, and their log-probs: what the examples share."""
+"""Shared code of the examples: three padded sequences for each record, and their log-probs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,28 @@ from realign_kernels import linear_logprobs
 
 
 def options(description: str) -> argparse.Namespace:
-    """The flags of every example."""
+    """Parse the flags of an example."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", default=str(ASSETS), help="folder or hub name (the digits)")
-    parser.add_argument("--pairs", help="Parquet file of pairs (digit pairs are made)")
-    parser.add_argument("--output", default="runs/example", help="folder (%(default)s)")
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="records a step (%(default)s)")
+    parser.add_argument(
+        "--model", default=str(ASSETS), help="folder or Hub name of the model (default: the digits)"
+    )
+    parser.add_argument("--pairs", help="Parquet file of pairs (default: of the digits)")
+    parser.add_argument(
+        "--output", default="runs/example", help="output folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=16, help="optimizer steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="records in a step (default: %(default)s)"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     return parser.parse_args()
 
 
 def load(given: argparse.Namespace) -> tuple[nn.Module, object, list[Record]]:
-    """The model with a frozen vision tower, its processor, and the records."""
-    # Not in bf16, in which most are stored: small updates would be rounded away.
+    """Load the model with a frozen vision tower, its processor, and the records."""
+    # In fp32, since bf16 weights would lose small updates.
     model = AutoModelForImageTextToText.from_pretrained(given.model, dtype=torch.float32)
     model.model.get_encoder("image").requires_grad_(False)
     path = given.pairs
@@ -40,11 +48,11 @@ def load(given: argparse.Namespace) -> tuple[nn.Module, object, list[Record]]:
 
 
 def batch_of(processor, records: Sequence[Record]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Chosen, rejected, and chosen under the retrieved image.
+    """Sequences of the chosen, the rejected, and the chosen response under the retrieved image.
 
     Returns:
-        (inputs of 3 B padded sequences, labels (3, B, T)); `labels[..., t]` is what the hidden
-        state at t predicts, -100 where that is no token of a response.
+        Inputs of 3 B padded sequences, and labels (3, B, T). The hidden state at t predicts
+        `labels[..., t]`, which is -100 for tokens outside of the response.
     """
     prompts, texts, images = [], [], []
     variants = [(r.chosen, r.images) for r in records]
@@ -53,9 +61,9 @@ def batch_of(processor, records: Sequence[Record]) -> tuple[dict[str, torch.Tens
     for record, (response, stored) in zip([*records] * 3, variants, strict=True):
         question = [{"type": "image"}, {"type": "text", "text": record.prompt[0]["content"]}]
         asked = [{"role": "user", "content": question}]
-        said = [{"role": "assistant", "content": [{"type": "text", "text": response}]}]
+        replied = [{"role": "assistant", "content": [{"type": "text", "text": response}]}]
         prompts.append(processor.apply_chat_template(asked, add_generation_prompt=True))
-        texts.append(processor.apply_chat_template(asked + said))
+        texts.append(processor.apply_chat_template(asked + replied))
         images.append([stored[0].open(record.name)])
     inputs = processor(
         text=texts, images=images, padding=True, padding_side="right", return_tensors="pt"
@@ -69,7 +77,7 @@ def batch_of(processor, records: Sequence[Record]) -> tuple[dict[str, torch.Tens
 
 
 def hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:
-    """Last hidden states, (3, B, T, H): the head is left to the loss."""
+    """Last hidden states, (3, B, T, H). The loss applies the head."""
     states = model.model(**inputs, use_cache=False).last_hidden_state
     return states.unflatten(0, (3, count))
 
@@ -78,13 +86,13 @@ def hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor], count: int)
 def reference_logps(
     model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor
 ) -> torch.Tensor:
-    """Summed log-probs of the responses, (3, B): constants, to be computed before training."""
+    """Summed log-probs of the responses, (3, B), computed before training."""
     hidden = hidden_states(model, inputs, labels.shape[1])
     return linear_logprobs(hidden, model.lm_head.weight, labels).sum(-1)
 
 
 def places(count: int, steps: int, batch_size: int, seed: int = 0) -> list[list[int]]:
-    """Which records each step takes: a fresh order for each pass."""
+    """Indices of the records of each step, shuffled in each pass."""
     generator = torch.Generator().manual_seed(seed)
     passes = -(-steps * batch_size // count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])

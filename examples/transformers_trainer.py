@@ -1,4 +1,4 @@
-"""rDPO on transformers' Trainer, by `realign.hf.RDPOTrainer`: forests and cached references."""
+"""rDPO on transformers' Trainer: `realign.hf.RDPOTrainer` with forests and cached references."""
 
 from sequences import load, options
 

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer with rDPO's loss: a collator that adds the third sequence, and one method."""
+"""rDPO in TRL's DPOTrainer: a collator that adds the third sequence, and a new loss method."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ _OURS = ("completion_mask", "visual")
 
 
 class Collator(DataCollatorForVisionPreference):
-    """TRL's batch of chosen and rejected; under `visual` the same with the retrieved images."""
+    """TRL's batch of chosen and rejected; `visual` holds the same with the retrieved images."""
 
     def torch_call(self, examples):
         other = [row | {"images": row["retrieved_images"]} for row in examples]
@@ -23,7 +23,7 @@ class Collator(DataCollatorForVisionPreference):
 
 
 class RDPOTrainer(DPOTrainer):
-    """The reference is a copy of the model before the first step, as TRL makes it."""
+    """DPOTrainer with the rDPO loss. The reference is TRL's copy of the initial model."""
 
     def _compute_loss(self, model, inputs, return_outputs):
         hidden, labels = self._sequences(model, inputs)
@@ -40,7 +40,7 @@ class RDPOTrainer(DPOTrainer):
 
     @staticmethod
     def _sequences(model, inputs):
-        """Hidden states (3, B, T, H) and labels (3, B, T) of chosen, rejected, visual."""
+        """Hidden states (3, B, T, H) and labels (3, B, T) of chosen, rejected and visual."""
         states, labels = [], []
         for batch in (inputs, inputs["visual"]):
             given = {name: value for name, value in batch.items() if name not in _OURS}
@@ -48,7 +48,7 @@ class RDPOTrainer(DPOTrainer):
             ids = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
             labels.append(F.pad(ids[:, 1:], (0, 1), value=-100))
         count = len(labels[0]) // 2
-        states[1], labels[1] = states[1][:count], labels[1][:count]  # its chosen half
+        states[1], labels[1] = states[1][:count], labels[1][:count]  # only the chosen half
         return (torch.cat(part).unflatten(0, (3, count)) for part in (states, labels))
 
 

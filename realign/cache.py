@@ -1,13 +1,8 @@
-"""Commands of the reference cache: log-probs ahead of training, and upkeep of their tables.
+"""Commands of the reference cache: compute log-probs before training, and maintain their tables.
 
-    python -m realign.cache fill --model DIR --pairs pairs.parquet    # compute missing ones
-    python -m realign.cache stats                                     # list the tables
-    python -m realign.cache verify                                    # read every record again
-    python -m realign.cache compact                                   # merge logs, drop bad records
-
-`python -m realign.train` does `fill` by itself before its first step. Run it separately to use
-other machines for it (ranks share the work, under torchrun or with --nproc-per-node), or to prepare
-for several runs. `COMMAND --help` lists the settings.
+The commands of `python -m realign.cache` are `fill`, `stats`, `verify` and `compact` (`COMMANDS`).
+`python -m realign.train` fills the cache before its first step. A separate `fill` can use other
+machines, or prepare for several runs. The ranks of torchrun or --nproc-per-node share its work.
 """
 
 from __future__ import annotations
@@ -18,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realign import distributed
-from realign.cli import parse_sections
-from realign.config import LossConfig, resolve_dtype
+from realign.cli import CommandParser, parse_sections
+from realign.config import METAVARS, LossConfig, resolve_dtype
 from realign.digits import ASSETS
 from realign.files import check_folder
 from realign.modeling import reference_logps
@@ -30,25 +25,40 @@ from realign.training import fsdp
 from realign.training.setup import load_inputs, shared_fingerprint
 from realign_kernels import ReferenceCache, missing_reason, refcache
 
+COMMANDS = {
+    "fill": "Compute the reference log-probs that training on these pairs needs",
+    "stats": "List the tables and their counts",
+    "verify": "Read every record again, and fail if one is unreadable",
+    "compact": "Merge log files, and drop duplicates and unreadable records",
+}
+"""Command -> summary."""
+_HELP = {
+    "fill": {
+        "usage": "%(prog)s --pairs PATH [--config FILE] [options]",
+        "example": "python -m realign.cache fill --model llava-hf/llava-1.5-7b-hf \\\n"
+        "    --pairs pairs.parquet",
+    }
+}
+
 
 @dataclass
 class CacheConfig:
     reference_cache: str | None = None
-    """Folder of the tables; $REALIGN_CACHE/reference, or ~/.cache/realign/reference, if absent."""
+    """Folder of the tables. Without it, $REALIGN_CACHE/reference or ~/.cache/realign/reference."""
 
     @property
     def directory(self) -> Path:
-        """Folder of the tables, by the setting or by default."""
+        """Folder of the tables: the setting, or the default folder."""
         return Path(self.reference_cache or reference_logps.default_directory())
 
     def tables(self) -> dict[Path, dict[str, str]]:
-        """Folder and fingerprint of each table in the folder.
+        """Fingerprint of each table in the folder, by the table's folder.
 
         Raises:
-            ValueError: when the folder does not exist.
+            ValueError: if the folder does not exist.
         """
         if self.reference_cache and not self.directory.is_dir():
-            raise ValueError(f"there is no folder {self.directory}; check --reference-cache.")
+            raise ValueError(f"there is no folder {self.directory}. Check --reference-cache.")
         tables = refcache.tables(self.directory)
         if not tables:
             print(f"no tables in {self.directory}")
@@ -58,31 +68,33 @@ class CacheConfig:
 @dataclass
 class FillConfig:
     pairs: str | None = None
-    """Parquet file or folder of preference pairs."""
+    """Parquet file, or folder of such files, of preference pairs. Required."""
     model: str | None = None
-    """Folder or hub name of the reference model; the shipped digits model when absent."""
+    """Folder or Hub name of the reference model. Without it, the shipped digits model is used."""
     objective: str = "rdpo"
-    """Objective to be trained: it decides which responses under which images are needed."""
+    """Objective that will be trained. It determines which responses are needed under which
+    images."""
     dtype: str = "auto"
-    """Compute in 'fp32' or 'bf16', as training will. 'auto' is 'bf16' on CUDA, 'fp32' on a CPU."""
+    """Precision of the computation, the same as in training. 'auto' is 'bf16' on CUDA and 'fp32' on
+    a CPU."""
     attention: str = "tree"
-    """Attention of the language model, the same as in training (its 'auto' is 'tree')."""
+    """Attention of the language model, the same as in training, where 'auto' is 'tree'."""
     max_response_tokens: int = 1024
-    """Longest response; a longer one is an error that names its record, never cut."""
+    """Longest response, in tokens. A longer response is an error and is never truncated."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest; 0 takes the longest tree."""
+    """Most tokens in a row of the forest. 0 selects the length of the longest tree."""
     batch_rows: int = 32
-    """Rows in one forward."""
+    """Rows in one forward pass."""
     fsdp: bool = False
-    """Shard the model over the ranks, where one GPU cannot hold it."""
+    """Shard the model over the ranks, for a model that does not fit on one GPU."""
     nproc_per_node: int = 0
-    """Workers to start on this machine; 0 is this process only, unless torchrun started it."""
+    """Workers to start on this machine. 0 uses this process only, or the ranks of torchrun."""
     quiet: bool = False
-    """No progress bar."""
+    """Print no progress."""
 
     def __post_init__(self) -> None:
         if self.pairs is None:
-            raise ValueError("pairs is missing: pass the file to be trained on, --pairs FILE.")
+            raise ValueError("pairs is missing. Pass the training file, --pairs FILE.")
         self.dtype = resolve_dtype(self.dtype)
         if self.attention not in IMPLEMENTATIONS:
             names = ", ".join(IMPLEMENTATIONS)
@@ -91,15 +103,15 @@ class FillConfig:
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
-        LossConfig(objective=self.objective)  # refuses unknown names
+        LossConfig(objective=self.objective)  # raises for unknown names
 
 
 def fill(tables: CacheConfig, config: FillConfig) -> None:
-    """Compute the reference log-probs that a training run on these pairs will look up."""
+    """Compute the reference log-probs that training on these pairs will need."""
     check_folder("--reference-cache", tables.directory)
     assert config.pairs is not None  # checked in __post_init__
     dtype = DTYPES[config.dtype]
-    device = distributed.start(alone=config.fsdp)
+    device = distributed.start(single=config.fsdp)
     attends, reason = choose(config.attention, device, dtype)
     progress = not config.quiet and distributed.rank() == 0
     inputs = load_inputs(
@@ -118,7 +130,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     if config.fsdp:
         fingerprint = shared_fingerprint(inputs, device)
         fsdp.shard(model, device, dtype)
-    else:  # each rank digests its own weights; `fill` compares the fingerprints
+    else:  # each rank digests its own weights, and `fill` compares the fingerprints
         fingerprint = reference_logps.fingerprint(model.vlm, inputs.processor, dtype, device)
         model.to(device)
     distributed.mark_ranks_diverged()
@@ -140,40 +152,38 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
 
 
 def stats(tables: CacheConfig) -> int:
-    """Print every table and its counts; returns the number of unreadable records."""
+    """Print all tables with their counts. Returns the number of unreadable records."""
     unreadable = 0
     for folder, parts in tables.tables().items():
         print(folder)
         parts_text = ", ".join(f"{name} {_short(value)}" for name, value in parts.items())
-        print(
-            f"  {parts_text or 'its description is lost; the next run that adds to it writes it'}"
-        )
+        print(f"  {parts_text or 'no description (the next run that adds records writes it)'}")
         try:
             counts = refcache.inspect(folder)
         except (ValueError, OSError) as error:
-            print(f"  cannot be read: {error}")
+            print(f"  the table cannot be read: {error}")
             unreadable += 1
             continue
         print(
             f"  {counts['records']:,} log-probs in {_files(counts['logs'])}, "
-            f"{counts['bytes']:,} bytes; {counts['duplicates']:,} written twice"
+            f"{counts['bytes']:,} bytes, {counts['duplicates']:,} duplicates"
         )
         if counts["conflicts"]:
             print(
-                f"  {counts['conflicts']:,} of these differ, by {counts['largest_difference']:.2g} "
-                "at most; the log with the lowest name counts"
+                f"  {counts['conflicts']:,} duplicates differ, by at most "
+                f"{counts['largest_difference']:.2g} (the log with the lowest name is used)"
             )
         if counts["bad"] or counts["torn_bytes"]:
             print(
-                f"  {counts['bad']:,} unreadable records and {counts['torn_bytes']} bytes of "
-                "unfinished ones are skipped"
+                f"  {counts['bad']:,} unreadable records and {counts['torn_bytes']:,} bytes of "
+                "incomplete records are skipped"
             )
         unreadable += counts["bad"]
     return unreadable
 
 
 def compact(tables: CacheConfig) -> None:
-    """Rewrite every table without duplicates and unreadable records."""
+    """Rewrite all tables without duplicates and unreadable records."""
     for folder in tables.tables():
         counts = refcache.compact(folder)
         what = f"{counts['logs_merged']} log(s) merged"
@@ -184,18 +194,21 @@ def compact(tables: CacheConfig) -> None:
             f"{counts['bytes_after']:,} bytes, {counts['bad_dropped']:,} unreadable records dropped"
         )
         if counts["logs_in_use"]:
-            print(f"  {counts['logs_in_use']} log(s) are being written and were skipped")
+            print(f"  {counts['logs_in_use']} log(s) are in use and were skipped")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one of fill, stats, verify, compact; returns an exit code."""
+    """Run one of fill, stats, verify, compact. Returns an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, flags = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
-        print(__doc__)
+        print(_parser().format_help(), end="")
         return 0
-    if command not in ("fill", "stats", "verify", "compact"):
-        print(f"error: unknown command {command!r}: fill, stats, verify, compact", file=sys.stderr)
+    if command not in COMMANDS:
+        print(
+            f"error: unknown command {command!r}. The commands are {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
         return 2
     silence_third_party()
     sections = {"cache": CacheConfig} | ({"fill": FillConfig} if command == "fill" else {})
@@ -203,8 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parse_sections(
             sections,
             prog=f"python -m realign.cache {command}",
-            description="Reference log-probs.",
+            description=COMMANDS[command] + ".",
             arguments=flags,
+            **_HELP.get(command, {"example": f"python -m realign.cache {command}"}),
+            headings={"reference_cache": "Cache"},
+            metavars=METAVARS | {"attention": tuple(IMPLEMENTATIONS)},
         )
         if command == "fill":
             workers = settings["fill"].nproc_per_node
@@ -215,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compact(settings["cache"])
         elif stats(settings["cache"]) and command == "verify":
             print(
-                "error: there are unreadable records. The next run computes these log-probs again; "
+                "error: there are unreadable records. The next run computes these log-probs again. "
                 "`python -m realign.cache compact` removes the records.",
                 file=sys.stderr,
             )
@@ -229,15 +245,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parser() -> CommandParser:
+    """Parser of the command's own --help. Each subcommand parses its own flags."""
+    return CommandParser(
+        prog="python -m realign.cache",
+        usage="%(prog)s COMMAND [options]",
+        description="Compute reference log-probs before training, and maintain their tables. "
+        "`COMMAND --help` lists the options of a command.",
+        commands=COMMANDS,
+        example="python -m realign.cache stats",
+    )
+
+
 def _files(count: int) -> str:
-    """The number of a table's files by their kind."""
+    """Number and kind of a table's files."""
     if missing_reason() is None:
         return f"{count} log(s)"
     return f"{count or 'no'} database"
 
 
 def _short(value: str) -> str:
-    """The first 8 digits of a digest; other values in full."""
+    """The first 8 digits of a digest, or any other value in full."""
     is_digest = len(value) == 32 and not set(value) - set("0123456789abcdef")
     return value[:8] if is_digest else value
 

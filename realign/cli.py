@@ -1,25 +1,33 @@
-"""Flags and TOML files from dataclasses: a field is a flag, the string under it is its help."""
+"""Command lines: flags, TOML sections and --help texts from dataclasses.
+
+Each field of a dataclass is a flag, and the string under the field is its help text.
+"""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import inspect
+import re
+import shutil
 import sys
 import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from reprlib import repr
 from typing import Any
 
+_WIDEST = 100  # columns, since longer lines are hard to read
+_EMPTY: Mapping[str, Any] = {}
+
 
 def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorate a command: what is wrong with its input or files is one line, with exit code 1."""
+    """Decorate a command: print a ValueError or OSError as one line and return exit code 1."""
 
     @wraps(main)
     def command(arguments: Sequence[str] | None = None) -> int:
@@ -32,32 +40,149 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
     return command
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Argument parser with a short usage line and an example at the end of --help.
+
+    Args:
+        example: a complete command line, or several lines joined by backslashes.
+        commands: subcommand -> summary, for the help text.
+        **options: further arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self,
+        *,
+        example: str = "",
+        commands: Mapping[str, str] = _EMPTY,
+        **options: Any,
+    ) -> None:
+        if example:
+            options["epilog"] = "Example:\n" + textwrap.indent(example, "  ")
+        super().__init__(formatter_class=HelpFormatter, add_help=False, **options)
+        self._positionals.title, self._optionals.title = "Arguments", "Options"
+        self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+        if commands:
+            width = 2 + max(map(len, commands))
+            lines = [f"{name:{width}}{summary}" for name, summary in commands.items()]
+            self.add_argument_group("Commands", "\n".join(lines))
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help in the width of the terminal, 100 columns at most.
+
+    It shortens the usage line, adds missing defaults, and keeps aligned lines as they are.
+    """
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns, _WIDEST) - 2
+        super().__init__(prog, max_help_position=28, width=width)
+
+    def _format_usage(self, usage, actions, groups, prefix) -> str:
+        if usage is None:
+            words = [self._prog]
+            for action in actions:
+                if action.required or action.dest == "config":
+                    text = self._format_action_invocation(action)
+                    text += f" [{text} ...]" * (action.nargs == "+")
+                    words.append(text if action.required else f"[{text}]")
+            options = [a for a in actions if a.option_strings and not a.required]
+            usage = " ".join(words) + " [options]" * (len(options) > 1)  # one of them is --help
+        prefix = "usage: " if prefix is None else prefix
+        indent = " " * len(prefix)
+        lines = textwrap.wrap(
+            prefix + usage % {"prog": self._prog},
+            self._width,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+        )
+        return "\n".join(lines) + "\n\n"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = action.option_strings
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return " / ".join(names)
+        value = "" if action.nargs == 0 else str(action.metavar or placeholder(action.choices))
+        value = value or action.dest.upper()
+        return f"{', '.join(names)} {value if action.nargs != 0 else ''}".strip()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default is argparse.SUPPRESS or default is False or "Default:" in text:
+            return text
+        return with_default(text, default)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return _wrapped(" ".join(text.split()), width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for line in text.splitlines():
+            aligned = "  " in line  # an example, or a command with its summary
+            lines += [line] if aligned else _wrapped(line, width - len(indent)) or [""]
+        return "\n".join(indent + line for line in lines)
+
+
+def placeholder(values: str | Iterable[str] | None) -> str:
+    """Placeholder of a value in a help text: a name, or the valid values in braces."""
+    if values is None or isinstance(values, str):
+        return values or ""
+    return "{" + ",".join(values) + "}"
+
+
+def with_default(text: str, default: Any) -> str:
+    """A help text followed by the default, if there is one."""
+    if default in (None, ""):
+        return text
+    if isinstance(default, bool):
+        if "by default" in text.lower():
+            return text
+        return f"{text} {'On' if default else 'Off'} by default."
+    if isinstance(default, str) and " " in default:
+        return f"{text} Default: '{default}'"
+    number = isinstance(default, float) and default.is_integer()
+    return f"{text} Default: {int(default) if number else default}."
+
+
 def parse_sections(
     sections: Mapping[str, type],
     *,
     prog: str,
     description: str,
     arguments: Sequence[str] | None = None,
+    headings: Mapping[str, str] = _EMPTY,
+    metavars: Mapping[str, str | Sequence[str]] = _EMPTY,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Fill one dataclass per section from `--config file.toml` and flags; flags win.
+    """Fill one dataclass per section from `--config file.toml` and flags, which override the file.
 
     Args:
-        sections: section name -> dataclass; field names are unique over all of them.
+        sections: section name -> dataclass. Field names are unique over all sections.
         prog: the command, for the help text.
         description: description of the command, for the help text.
-        arguments: the command line; `sys.argv` when absent.
+        arguments: the command line. The default is `sys.argv`.
+        headings: field name -> heading in the help text, of that field and the next ones.
+        metavars: field name -> placeholder of its value, or a tuple of the valid values.
+        **options: further arguments of `CommandParser`, such as `example`.
 
     Returns:
         section name -> instance.
 
     Raises:
         SystemExit: for an unknown flag, with status 2.
-        ValueError: for an unknown section or key in the file, or a value of another type.
+        ValueError: for an unknown section or key in the file, or a value of the wrong type.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--config", type=Path, help="TOML file with the sections shown here")
+    parser = CommandParser(prog=prog, description=description, **options)
+    names = ", ".join(f"[{section}]" for section in sections)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"TOML file of settings, in the section{'s' * (len(sections) > 1)} {names}. "
+        "Flags override it.",
+    )
     for section, cls in sections.items():
-        _add_flags(parser.add_argument_group(f"[{section}]"), section, cls)
+        place = f" ([{section}] in the TOML file)" * (len(sections) > 1)
+        _add_flags(parser, section, cls, headings, metavars, place)
     flags = vars(parser.parse_args(arguments))
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     if (file := flags.pop("config")) is not None:
@@ -68,20 +193,31 @@ def parse_sections(
     return {name: cls(**values[name]) for name, cls in sections.items()}
 
 
-def _add_flags(group: Any, section: str, cls: type) -> None:
+def _add_flags(
+    parser: CommandParser,
+    section: str,
+    cls: type,
+    headings: Mapping[str, str],
+    metavars: Mapping[str, str | Sequence[str]],
+    place: str,
+) -> None:
     docs = _field_docs(cls)
+    groups: dict[str, Any] = {}
+    heading = section.capitalize()
     for f in fields(cls):
+        heading = headings.get(f.name, heading)
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading + place)
         kind = _type_of(cls, f.name)
-        options: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(
+        options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if kind is not bool:
+            metavar = metavars.get(f.name, "N" if kind is int else f.name.upper())
+            options = {"type": kind, "metavar": placeholder(metavar)}
+        groups[heading].add_argument(
             "--" + f.name.replace("_", "-"),
             dest=f"{section}.{f.name}",
             default=argparse.SUPPRESS,
-            help=(
-                docs[f.name] + ("" if f.default in (None, "") else f" (default: {f.default})")
-            ).replace("%", "%%"),
+            help=with_default(docs[f.name], f.default).replace("%", "%%"),
             **options,
         )
 
@@ -93,14 +229,14 @@ def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
-        json = " It looks like JSON; write [section] and key = value." * (text.lstrip()[:1] == "{")
+        json = " It looks like JSON. Write [section] and key = value." * (text.lstrip()[:1] == "{")
         raise ValueError(f"{file} is not valid TOML: {error}.{json}") from error
     for section, table in content.items():
         if section not in sections:
             raise ValueError(f"{file}: unknown section [{section}]; use {', '.join(sections)}.")
         if not isinstance(table, dict):
             raise ValueError(
-                f"{file}: {section} is {repr(table)}, not a section; write [{section}]."
+                f"{file}: {section} is {repr(table)}, not a section. Write [{section}]."
             )
         cls = sections[section]
         names = [f.name for f in fields(cls)]
@@ -120,6 +256,13 @@ def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[
                     f"{kind.__name__}."
                 )
             values[section][name] = value
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of a text, broken at spaces only, so flags and names stay whole."""
+    text = re.sub(r"(Default:) (\S+)$", "\\1\0\\2", text)  # on one line
+    lines = textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
+    return [line.replace("\0", " ") for line in lines]
 
 
 def _type_of(cls: type, name: str) -> type:

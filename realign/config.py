@@ -16,6 +16,39 @@ import torch
 from realign.cli import parse_sections
 from realign_kernels import objectives
 
+TUNED = ("lora", "full")
+DTYPES = ("auto", "fp32", "bf16")
+ATTENTIONS = ("auto", "tree", "sdpa", "eager", "flex", "flash")
+
+HEADINGS = {
+    "model": "Model",
+    "pairs": "Data",
+    "objective": "Loss",
+    "learning_rate": "Optimizer",
+    "fsdp": "Scaling",
+    "output": "Run",
+    "log_every": "Logging",
+}
+"""First field of a group in the help text -> its heading."""
+METAVARS = {
+    "tune": TUNED,
+    "dtype": DTYPES,
+    "attention": ATTENTIONS,
+    "lora_alpha": "SCALE",
+    "pairs": "PATH",
+    "objective": "NAME",
+    "visual_weight": "WEIGHT",
+    "learning_rate": "RATE",
+    "weight_decay": "RATE",
+    "warmup": "FRACTION",
+    "clip": "NORM",
+    "epochs": "N",
+    "output": "FOLDER",
+    "reference_cache": "FOLDER",
+    "wandb": "PROJECT",
+}
+"""Field -> placeholder of its value in the help text, or the valid values."""
+
 
 @dataclass
 class ModelConfig:
@@ -42,9 +75,9 @@ class ModelConfig:
     'tree'."""
 
     def __post_init__(self) -> None:
-        _one_of("tune", self.tune, ("lora", "full"))
+        _one_of("tune", self.tune, TUNED)
         self.dtype = resolve_dtype(self.dtype)
-        _one_of("attention", self.attention, ("auto", "tree", "sdpa", "eager", "flex", "flash"))
+        _one_of("attention", self.attention, ATTENTIONS)
         if self.attention == "flash" and self.dtype == "fp32":
             raise ValueError(
                 "attention is 'flash', which computes in half precision only, and dtype is 'fp32'. "
@@ -249,8 +282,12 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     sections = parse_sections(
         get_type_hints(TrainConfig),
         prog="python -m realign.train",
-        description="Align a vision-language model with rDPO. Without --model and --pairs it runs "
-        "on the shipped handwritten digits.",
+        description="Align a vision-language model with rDPO. Without --model and --pairs, the "
+        "shipped model of handwritten digits is trained.",
+        example="python -m realign.train --model llava-hf/llava-1.5-7b-hf \\\n"
+        "    --pairs pairs.parquet --output runs/llava",
+        headings=HEADINGS,
+        metavars=METAVARS,
         arguments=arguments,
     )
     return TrainConfig(**sections)
@@ -262,7 +299,7 @@ def resolve_dtype(dtype: str) -> str:
     Raises:
         ValueError: for another name.
     """
-    _one_of("dtype", dtype, ("auto", "fp32", "bf16"))
+    _one_of("dtype", dtype, DTYPES)
     return ("bf16" if torch.cuda.is_available() else "fp32") if dtype == "auto" else dtype
 
 

@@ -1,10 +1,11 @@
 """Ranks: launch, process group, collectives and errors.
 
-A run without `--fsdp` is one process. With it every GPU gets a worker (two workers on a CPU),
-started here through torch's launcher unless torchrun started this process. FSDP2 keeps trained
-parameters in fp32 and computes in bf16. With `--tune full` in bf16 one process is therefore a mesh
-of one; LoRA layers cast their adapters themselves, with the same bits
-(tests/training/test_one_rank.py).
+A run without `--fsdp` is one process. With it, each GPU gets a worker, and a CPU gets two. They are
+started here by torch's launcher unless torchrun started this process.
+
+FSDP2 keeps trained parameters in fp32 and computes in bf16. With `--tune full` in bf16, a single
+process is therefore a mesh of one rank. LoRA layers cast their adapters themselves, with bitwise
+equal results (tests/training/test_one_rank.py).
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ T = TypeVar("T")
 
 _diverged = False  # see mark_ranks_diverged
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-# Exit codes of ranks that the system killed; a rank that misses another may abort as well.
+# Exit codes of ranks that the system killed. A rank that loses another one may abort as well.
 _KILLED = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-# Limit for the ranks that wait for a slow one, as when rank 0 writes a large model. A rank that
-# dies ends the job at once.
+# Limit for ranks that wait for a slow rank, for example while rank 0 writes a large model. The
+# death of a rank ends the job immediately.
 _TIMEOUT = timedelta(minutes=30)
 
 
 _ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-"""Settings of CUDA's caching allocator, by their new and their old name."""
+"""New and old name of the variable that configures CUDA's caching allocator."""
 
 _LAUNCHER = "REALIGN_LAUNCHER"  # process id of `launch`, in the environment of its ranks
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class CommonError(ValueError):
-    """An error that every rank raises; rank 0 reports it."""
+    """An error that every rank raises and only rank 0 reports."""
 
 
 def under_launcher() -> bool:
@@ -54,7 +55,7 @@ def under_launcher() -> bool:
 
 
 def rank_environment(port: int, workers: int) -> dict[str, str]:
-    """Environment variables that all ranks on this machine share; their launcher holds the store.
+    """Environment variables shared by all ranks on this machine. Their launcher holds the store.
 
     Args:
         port: port of the store.
@@ -71,10 +72,10 @@ def rank_environment(port: int, workers: int) -> dict[str, str]:
 
 
 def launch(module: str, arguments: Sequence[str], workers: int) -> int:
-    """Run `python -m module arguments` as `workers` ranks of this machine; returns an exit code.
+    """Run `python -m module arguments` as `workers` ranks of this machine. Returns an exit code.
 
-    Signals are forwarded to the ranks. The exit code is 0 when all of theirs are 0. When one rank
-    ends with another code, the other ranks are stopped at once, and killed after 30 seconds.
+    Signals are forwarded to the ranks. The exit code is 0 if all ranks end with 0. When a rank ends
+    with another code, the other ranks are stopped, and killed after 30 seconds.
     """
     workers = workers or _default_workers()
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -110,10 +111,10 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
 
 
 def _first_failure(failures: dict[int, ProcessFailure]) -> str:
-    """A sentence about the rank that failed first.
+    """Describe the rank that failed first, in one sentence.
 
-    A killed rank and a rank that failed because of it end at nearly the same time. Ranks that the
-    launcher stopped end later, by SIGKILL after 30 seconds.
+    A killed rank and a rank that fails because of it end at nearly the same time. Ranks that the
+    launcher stops end later, or by SIGKILL after 30 seconds.
     """
     first = min(failure.timestamp for failure in failures.values())
     rank, failure = min(
@@ -129,24 +130,24 @@ def _first_failure(failures: dict[int, ProcessFailure]) -> str:
 
 
 def planned_ranks(fsdp: bool, workers: int) -> int:
-    """Ranks that will train: those of the launcher, or those that `launch` would start."""
+    """Number of ranks that will train: of the launcher, or of `launch`."""
     if under_launcher():
         return int(os.environ["WORLD_SIZE"])
     return (workers or _default_workers()) if fsdp else 1
 
 
 def _default_workers() -> int:
-    """One per GPU, two on a CPU."""
+    """One worker per GPU, or two on a CPU."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 
-def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
-    """Join the process group when there is one; returns this rank's device.
+def start(*, single: bool = False, fsdp: bool = True) -> torch.device:
+    """Join the process group of the launcher, if there is one. Returns this rank's device.
 
-    With `alone` a process without a launcher becomes the only rank of its own group.
+    With `single`, a process without a launcher becomes the only rank of its own group.
 
     Raises:
-        ValueError: without `fsdp`, when there are other ranks.
+        ValueError: if there are other ranks, but no `fsdp`.
     """
     if launcher := os.environ.get(_LAUNCHER):
         _end_with(int(launcher))
@@ -166,7 +167,7 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
     if not dist.is_initialized():
         if under_launcher():
             dist.init_process_group(backend, timeout=_TIMEOUT)
-        elif alone:
+        elif single:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return torch.device(device)
 
@@ -174,26 +175,26 @@ def start(*, alone: bool = False, fsdp: bool = True) -> torch.device:
 def extend_segments() -> None:
     """Let CUDA's caching allocator extend its segments, unless the user has configured it.
 
-    Each batch has other lengths. In segments of fixed size a batch that is longer than all before
-    it fits no free block, and each of its tensors costs a cudaMalloc. On an H200 two of five steps
-    took 1.5 and 1.9 times as long as the others. torch reads the variable at the first
-    allocation.
+    The lengths differ from batch to batch. With segments of a fixed size, a batch that is longer
+    than all earlier ones fits no free block. Each of its tensors then costs a cudaMalloc. On an
+    H200, two of five steps were 1.5x and 1.9x slower than the others. torch reads the variable at
+    the first allocation.
     """
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def disable_cudnn_attention() -> None:
-    """Keep `scaled_dot_product_attention` of this process off cuDNN.
+    """Disable cuDNN for `scaled_dot_product_attention` in this process.
 
-    torch 2.11 prefers cuDNN on compute capability 9.0. cuDNN builds a plan for each shape, which
-    took 0.70 s on an H200, and each tree, prompt or batch has another length.
+    torch 2.11 prefers cuDNN on compute capability 9.0. cuDNN builds a plan for each shape, in
+    0.70 s on an H200. Trees, prompts and batches have many different lengths.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _end_with(launcher: int) -> None:
-    """Have the system send SIGTERM when the launcher dies, so that no rank outlives it."""
+    """Request SIGTERM from the system when the launcher dies, so that no rank outlives it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != launcher:
@@ -209,11 +210,11 @@ def stop() -> None:
 
 
 def exit_rank(code: int) -> NoReturn:
-    """End this process with an exit code; a rank does so without finalizing its interpreter.
+    """End this process with an exit code. A rank does not finalize its interpreter.
 
-    FSDP2 holds its process group to the end. A gloo thread that frees a gathered tensor while the
-    interpreter is finalized aborts the process (torch 2.13), though all work is done. Non-daemon
-    threads are joined, and exit handlers run.
+    FSDP2 holds its process group until the end. In torch 2.13, a gloo thread that frees a gathered
+    tensor during finalization aborts the process, although all work is done. Non-daemon threads are
+    joined, and exit handlers run.
     """
     if not under_launcher():
         sys.exit(code)
@@ -242,15 +243,18 @@ def log_rank0(line: str) -> None:
 
 
 def report(error: Exception) -> bool:
-    """Print the error that ends this process in one line; False for a fault of the program.
+    """Print the error that ends this process, in one line. Returns False for a program fault.
 
-    Before `mark_ranks_diverged` all ranks read the same records and settings and fail alike, so
-    rank 0 reports. After it any rank may fail by itself, and reports its own error.
+    Before `mark_ranks_diverged`, all ranks read the same records and settings and raise the same
+    error, so only rank 0 reports it. Afterwards, a rank may fail separately, and reports its own
+    error.
     """
     if isinstance(error, RuntimeError):
         if not _lost_a_rank(error):
             return False
-        print("error: another rank has ended; see its own message, if any", file=sys.stderr)
+        print(
+            "error: another rank has ended. See its own message, if there is one.", file=sys.stderr
+        )
     elif isinstance(error, CommonError):
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -263,7 +267,7 @@ def report(error: Exception) -> bool:
 
 
 def mark_ranks_diverged() -> None:
-    """Note that ranks do different work from here on, so any of them may fail by itself."""
+    """Record that ranks do different work from now on, so a single rank may fail."""
     global _diverged
     _diverged = True
 
@@ -288,10 +292,10 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_from_rank0(decide: Callable[[], T]) -> T:
-    """Call `decide` on rank 0 and give its result to all ranks.
+    """Call `decide` on rank 0 and return its result on all ranks.
 
     Raises:
-        CommonError: on all ranks, for a ValueError or OSError of `decide`.
+        CommonError: on all ranks, if `decide` raises a ValueError or OSError.
     """
     outcome: list = [None]
     if rank() == 0:

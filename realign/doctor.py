@@ -1,12 +1,11 @@
 """Installation check: versions, backends and missing packages, `python -m realign.doctor`.
 
-The exit code is 0 if everything that is needed works, and 1 if something is broken. A missing
-package, or an extension that crashes Python, is a finding. Each line is printed immediately.
+The exit code is 0 if all required parts work, and 1 if a part is broken. A missing package, or an
+extension that crashes Python, is a finding. Each line is printed immediately.
 """
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import functools
 import importlib
@@ -23,13 +22,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from realign.cli import CommandParser
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 Finding = tuple[str, str, str]
-"""A mark ("ok", "--" for a missing extra, "BAD" for a broken package), a name, the finding."""
+"""Mark ("ok", "--" for a missing extra, "BAD" for a broken package), name and finding."""
 EXTRAS = ("", "cpu", "gpu", "demo", "tensorboard", "wandb", "ray", "sentences", "endpoint")
-"""Extras of pyproject.toml for users, after the required packages; `gpu` only for a GPU."""
+"""Extras of pyproject.toml for users, after the required packages. `gpu` needs a GPU."""
 _LOAD = """import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:])
 spec.loader.exec_module(importlib.util.module_from_spec(spec))"""
@@ -98,7 +99,7 @@ def _kernels() -> Iterator[Finding]:
         mark = "--" if "No module named" in reason and not crash else "BAD"
         yield mark, "C++ extension", f"{crash or reason}; {remedy}"
     gpu = collect_env.get_gpu_info(collect_env.run) if torch.cuda.is_available() else None
-    yield "ok" if gpu else "--", "GPU", gpu or "torch sees none: everything runs on the CPU"
+    yield "ok" if gpu else "--", "GPU", gpu or "torch finds none, so everything runs on the CPU"
     backends = {"cpu": ["torch"] + ["cpp"] * (reason is None)}
     if gpu:
         backends["cuda"] = ["torch"] + ["triton"] * bool(importlib.util.find_spec("triton"))
@@ -111,7 +112,7 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _crash() -> str | None:
-    """Description of the crash when a subprocess loads the extension; None without a crash."""
+    """Describe the crash of a subprocess that loads the extension; None without a crash."""
     root = importlib.import_module("realign_kernels").__path__
     spec = importlib.machinery.PathFinder.find_spec("realign_kernels._C", root)
     if spec is None or spec.origin is None:
@@ -151,8 +152,8 @@ def _loss(device: str, backend: str) -> Finding:
     try:
         error = _error(device, backend)
     except Exception as problem:
-        return "BAD", f"rdpo_loss, {backend}", f"{device}: it fails: {_line(problem)}"
-    about = f"{device}: fp32 is {error:.0e} from the specification in fp64"
+        return "BAD", f"rdpo_loss, {backend}", f"{device}: failed: {_line(problem)}"
+    about = f"{device}: relative error {error:.0e} in fp32, against the reference in fp64"
     return "ok" if error < 1e-5 else "BAD", f"rdpo_loss, {backend}", about
 
 
@@ -176,20 +177,25 @@ def _line(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all checks and print them; returns an exit code."""
-    parser = argparse.ArgumentParser(prog="python -m realign.doctor", description=__doc__)
+    """Run all checks and print them. Returns an exit code."""
+    parser = CommandParser(
+        prog="python -m realign.doctor",
+        description="Installation check: print versions, backends and missing packages. The exit "
+        "code is 1 if a required part does not work.",
+        example="python -m realign.doctor",
+    )
     parser.parse_args(arguments)
     bad: list[str] = []
     for section in (_machine, _packages, _kernels, _folders):
         print(section.__name__[1:])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the findings report the same
+            warnings.simplefilter("ignore")  # the findings contain the same information
             for mark, name, text in section():
                 bad += [name] if mark == "BAD" else []
                 print(f"  {mark:3} {name:21}  {text}", flush=True)
         if bad and section is _packages:
-            break  # the later sections import the broken packages
-    print(f"\nbroken: {', '.join(bad)}" if bad else "\neverything that is needed works")
+            break  # later sections import the broken packages
+    print(f"\nbroken: {', '.join(bad)}" if bad else "\nall required parts work")
     return int(bool(bad))
 
 

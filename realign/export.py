@@ -21,23 +21,23 @@ from realign.training.export import export_whole
 @dataclass
 class ExportConfig:
     model: str | None = None
-    """Folder of an adapter or a whole model, or a name on the hub."""
+    """Folder or Hub name of an adapter or a whole model. Required."""
     output: str | None = None
-    """Folder to write: merged safetensors, the processor and the model card."""
+    """Folder to write: merged safetensors, the processor and the model card. Required."""
     dtype: str | None = None
-    """Keep the weights in fp32 or bf16; as the base keeps them when absent."""
+    """Dtype of the written weights. Without it, the dtype of the base."""
     metrics: str | None = None
-    """JSON file that realign.evaluate wrote with --output, to show in the model card: that of the
-    digits, or pope.json, chair.json or hallusionbench.json."""
+    """JSON file of figures for the model card, written by `realign.evaluate --output`: the file of
+    the digits, pope.json, chair.json or hallusionbench.json."""
 
     def __post_init__(self) -> None:
         for name, needed in (("model", "a model"), ("output", "the folder to write")):
             if getattr(self, name) is None:
-                raise ValueError(f"--{name} is missing; give {needed}.")
+                raise ValueError(f"--{name} is missing. Give {needed}.")
         if Path(str(self.output)).resolve() == Path.cwd():
             raise ValueError(
-                f"--output is {self.output!r}, the current folder, and it is replaced when "
-                "the new one is complete; name another, such as ./merged."
+                f"--output is {self.output!r}, the current folder, which the export would replace. "
+                "Name another folder, such as ./merged."
             )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
@@ -47,7 +47,7 @@ def evaluation_of(file: Path) -> str:
     """The figures in a file of `realign.evaluate --output`, as Markdown for a model card.
 
     Raises:
-        ValueError: when there is no such file, or it holds other figures.
+        ValueError: if the file is missing, or holds other figures.
     """
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))
@@ -60,23 +60,29 @@ def evaluation_of(file: Path) -> str:
             value, low, high = (100 * float(rate[key]) for key in ("value", "low", "high"))
             rows.append((name.replace("_", " "), f"{value:.1f} % [{low:.1f}, {high:.1f}]"))
     except FileNotFoundError:
-        raise ValueError(f"there is no {file}; realign.evaluate --output writes it.") from None
+        raise ValueError(
+            f"{file} does not exist. Run realign.evaluate with --output to write it."
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{file} holds no figures as realign.evaluate --output writes them ({error!r}). Give "
-            "its JSON file for digits, or pope.json, chair.json or hallusionbench.json."
+            f"{file} holds no figures of `realign.evaluate --output` ({error!r}). Give its JSON "
+            "file for digits, or pope.json, chair.json or hallusionbench.json."
         ) from error
     return markdown(Table("", ("on scenes it was not trained on", "share [95 % interval]"), rows))
 
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns an exit code."""
+    """Run the command. Returns an exit code."""
     silence_third_party()
     config = parse_sections(
         {"export": ExportConfig},
         prog="python -m realign.export",
-        description="A trained model as one folder of safetensors with its model card.",
+        usage="%(prog)s --model MODEL --output FOLDER [--config FILE] [options]",
+        description="Write a trained model as one folder of safetensors, with its model card. An "
+        "adapter is merged into its base.",
+        example="python -m realign.export --model runs/llava/model --output llava-merged",
+        metavars={"output": "FOLDER", "metrics": "FILE", "dtype": tuple(DTYPES)},
         arguments=arguments,
     )["export"]
     folder = export_whole(

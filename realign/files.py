@@ -1,4 +1,4 @@
-"""Files of a command: output paths checked before a model is loaded, atomic writes, JSONL."""
+"""File helpers of commands: early checks of output paths, atomic writes, and JSONL logs."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from typing import Any
 
 
 def check_file(flag: str, path: str | Path, *, device: bool = True) -> None:
-    """Check that a file can be written, with an empty file beside it that is removed again.
+    """Check that a file can be written, by creating and removing an empty file beside it.
 
     Missing folders are not created, so a command that fails later leaves no folders.
 
     Args:
         flag: the flag that names the file, for the message.
         path: the file.
-        device: whether a device or a pipe is accepted. Where a finished file replaces the old one
-            it is not: the superuser would replace `/dev/null`.
+        device: whether a device or a pipe is accepted. Writers that replace the old file pass
+            False, since the superuser would replace `/dev/null`.
 
     Raises:
-        ValueError: when it is a folder, is below a file, or cannot be written.
+        ValueError: if the path is a folder, is inside a file, or cannot be written.
     """
     path = Path(path)
     kind = _kind(flag, path)
     if kind is not None and stat.S_ISDIR(kind):
-        raise ValueError(f"{flag} {path} is a folder; name the file to write.")
+        raise ValueError(f"{flag} {path} is a folder. Name the file to write.")
     if kind is not None and not stat.S_ISREG(kind) and not device:
-        raise ValueError(f"{flag} {path} is a device or a pipe; name the file to write.")
+        raise ValueError(f"{flag} {path} is a device or a pipe. Name the file to write.")
     if kind is None or stat.S_ISREG(kind):
         _create_in(path.parent, flag, path)
     if kind is not None and not os.access(path, os.W_OK):
-        raise ValueError(f"{flag} {path} is read-only; name another file.")
+        raise ValueError(f"{flag} {path} is read-only. Name another file.")
 
 
 def check_folder(flag: str, path: str | Path) -> None:
     """Check that a folder can be created or written to; see `check_file`.
 
     Raises:
-        ValueError: when it is a file, is below a file, or cannot be written.
+        ValueError: if the path is a file, is inside a file, or cannot be written.
     """
     path = Path(path)
     kind = _kind(flag, path)
     if kind is not None and not stat.S_ISDIR(kind):
-        raise ValueError(f"{flag} {path} is a file; name the folder to write.")
+        raise ValueError(f"{flag} {path} is a file. Name the folder to write.")
     _create_in(path, flag, path)
 
 
 def _kind(flag: str, path: Path) -> int | None:
-    """The mode of the file at a path; None where there is none."""
+    """The mode of the file at a path; None if there is no file."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -63,9 +63,9 @@ def _kind(flag: str, path: Path) -> int | None:
 
 
 def _create_in(folder: Path, flag: str, path: Path) -> None:
-    """Create and remove a file in the nearest folder that exists.
+    """Create and remove a file in the nearest existing folder.
 
-    Its name has the suffix of files being written, so it is longer than the name of `path`.
+    The name has the suffix of partial files, so names that are too long are found, too.
     """
     folder = folder.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
@@ -84,13 +84,13 @@ def _refused(flag: str, path: Path, error: Exception, where: str = "") -> ValueE
 
 
 class JsonlLog:
-    """A JSONL file: one JSON object per line, written at once.
+    """A JSONL file: one JSON object per line, written immediately.
 
-    While the disk is full, entries wait in memory and one warning reports it. Lines stay complete.
+    While the disk is full, entries wait in memory, and one warning is printed. Lines stay complete.
 
     Args:
-        path: the file; created with its folder.
-        keep_steps: lines of later steps are dropped first, since a resumed run writes them again.
+        path: the file, which is created with its folder.
+        keep_steps: last step to keep. A resumed run writes the lines of later steps again.
     """
 
     def __init__(self, path: Path, keep_steps: int = 0) -> None:
@@ -108,8 +108,8 @@ class JsonlLog:
         except OSError as error:
             if not self._warned:
                 print(
-                    f"warning: {self._file.name} cannot be written ({error}); its next lines wait "
-                    "in memory. Make room.",
+                    f"warning: {self._file.name} cannot be written ({error}). Its next lines wait "
+                    "in memory. Free some disk space.",
                     file=sys.stderr,
                 )
             self._warned = True
@@ -118,7 +118,7 @@ class JsonlLog:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """Write waiting lines; a failure raises OSError, unless another error ends the run.
+        """Write waiting lines. A failure raises OSError, unless another error ends the run.
 
         A resumed run writes the lines after its checkpoint again.
         """
@@ -139,6 +139,6 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log; a last line that a crash cut short is skipped."""
+    """The entries of a log. An incomplete last line, left by a crash, is skipped."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""Filters for messages of other libraries on which the user of a command cannot act."""
+"""Filters for messages of other libraries that need no action by the user of a command."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import warnings
 
 
 def silence_third_party() -> None:
-    """Silence messages of other libraries in this process; errors and our own warnings stay."""
+    """Silence messages of other libraries in this process, except for errors."""
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # one bar per loaded model, for milliseconds
-    # torch reads every attribute of a module when it collects state; some are deprecated.
+    transformers_logging.disable_progress_bar()  # a bar per loaded model, for milliseconds
+    # torch reads every attribute of a module when it collects state, including deprecated ones.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # A checkpoint of a process without a group is intended.
+    # Checkpoints of a process without a group are intended.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    # The launcher would print a table for a failed rank; `launch` prints one line.
+    # The launcher would print a table for a failed rank. `launch` prints one line instead.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

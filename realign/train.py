@@ -1,10 +1,9 @@
 """Preference training of a vision-language model: `python -m realign.train --help`.
 
-    python -m realign.train                          # rDPO on the shipped digits, one process
-    python -m realign.train --fsdp                   # the same, sharded over ranks
-    python -m realign.train --model DIR --pairs P    # any model of docs/families.md
+    python -m realign.train                          # the shipped digits
+    python -m realign.train --model DIR --pairs P    # a model of docs/families.md
 
-Read `train` from top to bottom: set-up, reference log-probs, steps, export. The stages are in
+`train` calls the stages in order: set-up, reference log-probs, steps and export. They are in
 training/setup.py, training/step.py and training/export.py.
 """
 
@@ -33,7 +32,7 @@ from realign.training.trackers import check_packages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command, with its own workers under --fsdp; returns an exit code."""
+    """Run the command, with its own workers under --fsdp. Returns an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     silence_third_party()
     try:
@@ -62,15 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config: TrainConfig) -> Path | None:
-    """Train as configured; returns the folder of the final model, None when stopped by a signal.
+    """Train as configured. Returns the folder of the final model, or None after a signal.
 
     Raises:
-        ValueError: for settings, records or a model that cannot be trained on; before any step.
-        NonFiniteStep: when loss or gradient is not finite; the last checkpoint stays.
-        CheckpointError: when no checkpoint is intact, or the last one cannot be written.
+        ValueError: before the first step, for unusable settings, records or models.
+        NonFiniteStep: if the loss or the gradient is not finite. The last checkpoint is kept.
+        CheckpointError: if no checkpoint is intact, or the last one cannot be written.
     """
     scale, output = config.scale, Path(config.run.output)
-    device = distributed.start(alone=config.sharded, fsdp=scale.fsdp)
+    device = distributed.start(single=config.sharded, fsdp=scale.fsdp)
     fsdp.check(scale, device, distributed.world_size())
     attends, reason = attention.choose(
         config.model.attention, device, DTYPES[config.model.dtype], compiled=scale.compile
@@ -87,10 +86,10 @@ def train(config: TrainConfig) -> Path | None:
 
 
 def prepare_pairs(config: TrainConfig) -> Path:
-    """The pairs file to train on; builds the default digit pairs once when none is given.
+    """The pairs file to train on. Without one, pairs of the digits are built once.
 
     Raises:
-        ValueError: when a model is given without pairs.
+        ValueError: if a model is given without pairs.
     """
     if config.data.pairs is not None:
         return Path(config.data.pairs)
@@ -101,14 +100,13 @@ def prepare_pairs(config: TrainConfig) -> Path:
         )
     path = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
     if not path.exists() and distributed.rank() == 0:
-        quiet = config.run.quiet or not sys.stderr.isatty()
-        build_pairs(PairsConfig(output=str(path), seed=config.run.seed, quiet=quiet))
+        build_pairs(PairsConfig(output=str(path), seed=config.run.seed, quiet=config.run.quiet))
     distributed.barrier()
     return path
 
 
 def export(run: Run) -> Path:
-    """Write the final model with its card; returns its folder."""
+    """Write the final model with its card. Returns its folder."""
     config, inputs, output = run.config, run.inputs, Path(run.config.run.output)
     folder, log = output / "model", output / "metrics.jsonl"
 

@@ -209,7 +209,7 @@ def one_rank(record: Record) -> dict:
     examples, store = random_forests(2, prompt=12, response=9)
     batch = build_batch(examples, store, row_tokens=sum(e.longest_tree for e in examples))
     references = torch.full((3, 2), -90.0)
-    device = distributed.start(alone=True)  # codespell:ignore
+    device = distributed.start(single=True)
     try:
         plain.to(device)
         fsdp.shard(sharded, device, torch.float32)

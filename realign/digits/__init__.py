@@ -1,4 +1,4 @@
-"""The embedded default: handwritten digits, a tokenizer and a small pretrained LLaVA."""
+"""The shipped default: handwritten digits, a tokenizer and a small pretrained LLaVA."""
 
 from pathlib import Path
 

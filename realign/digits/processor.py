@@ -25,14 +25,14 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Every token of the digits language: special tokens first, then words in a fixed order."""
+    """All tokens of the digits language: special tokens, then words in a fixed order."""
     words = ["user", "assistant", ":", ",", ".", "?", "yes", "no", "is", "what"]
     words += CAPTION_PROMPT.split() + [word for place in PLACES for word in place.split()]
     return [*SPECIAL, *dict.fromkeys([*words, *WORDS, *PROPERTIES])]
 
 
 def build_processor() -> LlavaProcessor:
-    """Make the processor: a word-level tokenizer and a CLIP image processor of SIZE pixels."""
+    """Build the processor: a word-level tokenizer and a CLIP image processor of SIZE pixels."""
     tokenizer = Tokenizer(
         models.WordLevel({w: i for i, w in enumerate(vocabulary())}, unk_token="<unk>")
     )
@@ -61,5 +61,5 @@ def build_processor() -> LlavaProcessor:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,  # CLIP's class token, dropped by the "default" strategy
+        num_additional_image_tokens=1,  # CLIP's class token, which "default" drops
     )

@@ -1,9 +1,9 @@
 """Scenes of four handwritten digits, their captions and questions about them.
 
-The images are scikit-learn's 1,797 real handwritten digits (8 x 8 grey levels), four to a scene.
-In a *biased* scene the right digit of each row follows from the left one nearly always, so a model
-trained on biased scenes learns that prior; in an *unbiased* scene all four digits are independent,
-and a model that leans on the prior names digits that are not there: it hallucinates.
+A scene shows four of scikit-learn's 1,797 real handwritten digits (8 x 8 grey levels). In a
+*biased* scene, the right digit of a row nearly always follows from the left one. A model that is
+trained on biased scenes learns this prior. In an *unbiased* scene, all four digits are independent.
+A model that relies on the prior then names digits that are not in the image: it hallucinates.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ CAPTION_PROMPT = "name the digits ."
 
 CELL = 8  # pixels of a quadrant: one handwritten digit
 SIZE = 2 * CELL
-NOISE = 0.20  # standard deviation of the pixel noise, grey levels in [0, 1]
-PRIOR = 0.97  # share of biased rows whose right digit follows from the left one
-TEST_DIGITS = 400  # the last digits of the set, never seen in training
+NOISE = 0.20  # standard deviation of the pixel noise, for grey levels in [0, 1].
+PRIOR = 0.97  # share of biased rows whose right digit follows from the left one.
+TEST_DIGITS = 400  # number of digits for testing, at the end of the set.
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and the truth about it."""
+    """An image and its four digits."""
 
     image: Image.Image  # RGB, SIZE x SIZE
     digits: tuple[int, ...]  # four, in the order of PLACES
@@ -49,13 +49,13 @@ class Question:
 
 
 def caption_of(digits: tuple[int, ...]) -> str:
-    """Write the caption that names `digits` in the order of PLACES."""
+    """Write a caption that names `digits` in the order of PLACES."""
     named = (f"{place} {WORDS[digit]}" for place, digit in zip(PLACES, digits, strict=True))
     return " , ".join(named) + " ."
 
 
 def digits_in(caption: str) -> list[int | None]:
-    """Read the four digits in a caption; None where a place names no digit."""
+    """Read the four digits in a caption; None for a place without a digit."""
     words = caption.lower().replace(",", " ").replace(".", " ").split()
     digits: list[int | None] = []
     for place in PLACES:
@@ -70,7 +70,7 @@ def digits_in(caption: str) -> list[int | None]:
 
 
 def prior(left: int) -> int:
-    """The digit that a biased row shows to the right of `left`."""
+    """The digit to the right of `left` in a biased row."""
     return (3 * left + 7) % 10
 
 
@@ -87,7 +87,7 @@ def handwritten(split: str) -> dict[int, np.ndarray]:
 
 
 Glyphs = Callable[[str], Mapping[int, np.ndarray]]
-"""Split -> digit -> its images, fp32 in [0, 1]: (count, CELL, CELL) grey or (..., 3)."""
+"""Split -> digit -> images, fp32 in [0, 1]: (count, CELL, CELL) grey levels or (..., 3) colours."""
 
 
 def make_scenes(
@@ -105,11 +105,11 @@ def make_scenes(
     Args:
         count: number of scenes.
         biased: whether the right digit of a row follows from the left one (see `prior`).
-        split: "train" or "test"; the two share no handwritten digit.
-        seed: the same seed gives the same scenes.
+        split: "train" or "test", which share no handwritten digit.
+        seed: seed of the scenes.
         noise: standard deviation of the pixel noise, in grey levels from 0 to 1.
-        follow: share of biased rows whose right digit follows from the left one.
-        glyphs: the images of each digit in a split.
+        follow: share of biased rows whose right digit follows from the left one
+        glyphs: function that returns the images of each digit in a split.
 
     Returns:
         The scenes, each an RGB image of SIZE x SIZE pixels with its four digits.
@@ -140,10 +140,10 @@ def make_scenes(
 
 
 def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Two yes/no questions about one place of a scene, the first true and the second not.
+    """Two yes/no questions about one place of a scene: the answers are yes, then no.
 
-    As in POPE's adversarial setting, the digit that is not there is often one that the prior makes
-    likely: at right-hand places, half of the time, it is the digit that a biased row would show.
+    As in POPE's adversarial setting, the prior often makes the wrong digit likely. At right-hand
+    places, it is the digit of a biased row half of the time.
     """
     place = int(rng.integers(4))
     true = scene.digits[place]
@@ -158,10 +158,10 @@ def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def make_easy_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Two easier questions, a curriculum for yes/no answers: which digit, and a property of one.
+    """Two easier questions as a curriculum for yes/no answers: a digit, and a property of a digit.
 
-    The answer to "is PLACE DIGIT ?" depends on both together, so neither the place nor the digit
-    helps a model to learn it. These questions have simpler answers.
+    The answer to "is PLACE DIGIT ?" depends on place and digit together, so a model learns nothing
+    from either of them. The answers to these questions are simpler.
     """
     first, second = rng.integers(4, size=2)
     name = sorted(PROPERTIES)[rng.integers(len(PROPERTIES))]

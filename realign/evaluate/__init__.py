@@ -1,4 +1,4 @@
-"""Evaluation: answers of a model to questions, and scores of benchmarks from those answers."""
+"""Evaluation: answers of a model to questions, and benchmark scores of the answers."""
 
 from realign.evaluate.digits import (
     EVALUATION_SEED,

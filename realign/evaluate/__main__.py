@@ -1,4 +1,4 @@
-"""`python -m realign.evaluate`: digits, or a benchmark of photographs named in front."""
+"""Command `python -m realign.evaluate`: the digits, or a benchmark of photographs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from realign.third_party import silence_third_party
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, evaluate, print; returns an exit code."""
+    """Parse, evaluate, print. Returns an exit code."""
     silence_third_party()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
         return run(words)
     if words and not words[0].startswith("-"):
-        raise ValueError(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}.")
+        raise ValueError(f"unknown command {words[0]!r}. The commands are {', '.join(COMMANDS)}.")
     config = parse_sections(
         {"evaluate": EvaluateConfig},
         prog="python -m realign.evaluate",
-        description="Hallucination of a digits model on scenes it was never trained on. For "
-        f"photographs put {', '.join(COMMANDS)} in front, which have flags of their own.",
+        usage="%(prog)s [COMMAND] [--config FILE] [options]",
+        description="Measure the hallucination of a digits model on unseen scenes. The commands "
+        "below are for models of photographs. `COMMAND --help` lists their options.",
+        commands=COMMANDS,
+        example="python -m realign.evaluate --model runs/rdpo/model --output rates.json",
+        headings={"model": "Evaluation of the digits"},
+        metavars={"output": "FILE", "answers": "FILE"},
         arguments=words,
     )["evaluate"]
     rates = evaluate(config)

@@ -1,7 +1,8 @@
-"""Answers of a model to a list of questions, saved after each batch, so a stopped run resumes.
+"""Answers of a model to questions, saved after each batch, so that a stopped run resumes.
 
-One JSON object per line: the question's own fields, `answer`, and `error` where there is none. The
-first line holds the model and the settings, so answers of two models are never mixed.
+Each line of the file is a JSON object: the fields of the question, `answer`, and `error` if there
+is no answer. The first line holds the model and the settings, so answers of two models are never
+mixed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from realign.data.images import StoredImage
 from realign.files import check_file, read_jsonl, write_whole
 from realign.pairs.engines import Chat, Engine
 from realign.pairs.io.images import ImageError, inside, load_image
 from realign.pairs.io.rows import files_digest
+from realign.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Question:
     Attributes:
         id: unique in its file.
         text: the question.
-        image: name of the picture in the image folder; None asks without one.
-        facts: further fields, carried into the answers: label, category, ...
+        image: file name in the image folder; None for a question without an image.
+        facts: further fields that are copied into the answers, such as label and category.
     """
 
     id: str
@@ -40,14 +40,14 @@ class Question:
 
 @dataclass
 class Sheet:
-    """Checked questions, and the answers that a file already holds.
+    """Checked questions, and the answers that their file already holds.
 
     Attributes:
-        questions: in order, with distinct ids.
-        folder: of the images.
+        questions: the questions in order, with distinct ids.
+        folder: folder of the images.
         output: JSON-lines file of the answers.
-        asked: settings on which the answers depend; the first line of `output`.
-        done: lines of `output` by the id of the question.
+        asked: settings that the answers depend on, the first line of `output`.
+        done: question id -> line of `output`.
     """
 
     questions: Sequence[Question]
@@ -71,19 +71,19 @@ def prepare(
     max_tokens: int,
     suffix: str = "",
 ) -> Sheet:
-    """Check questions, their images and the file of answers; no model is needed.
+    """Check questions, their images and the file of answers, without a model.
 
     Args:
-        questions: to ask.
-        images: folder of the images; a name outside of it is an error.
+        questions: questions to ask.
+        images: folder of the images. A file name outside of it is an error.
         output: JSON-lines file of the answers.
-        model: folder or name of the model; a folder is also identified by its files.
-        max_tokens: of an answer.
-        suffix: appended to every question.
+        model: folder or name of the model. A folder is also identified by its files.
+        max_tokens: most tokens in an answer.
+        suffix: text appended to every question.
 
     Raises:
-        ValueError: for repeated ids, a missing image, or an `output` that cannot be
-            written, or holds the answers of another model or to other questions.
+        ValueError: for repeated ids, a missing image, or an `output` that cannot be written or
+            holds answers of another model or to other questions.
     """
     if len({question.id for question in questions}) != len(questions):
         raise ValueError(f"the questions of {output.stem} do not have distinct ids.")
@@ -98,7 +98,7 @@ def prepare(
             question.image,
         ):
             raise ValueError(
-                f"{output} answers another question under the id {question.id!r}; name another "
+                f"{output} answers another question under the id {question.id!r}. Name another "
                 "--output."
             )
     _check_images(sheet)
@@ -112,27 +112,27 @@ def answer(
     batch: int = 64,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Answer the questions of a sheet greedily, except those that its file already answers.
+    """Answer the questions of a sheet that have no answer yet, with greedy decoding.
 
     Args:
-        engine: is opened if a question has no answer yet.
-        sheet: of `prepare`.
+        engine: engine of the model, opened if a question has no answer yet.
+        sheet: result of `prepare`.
         batch: questions between two writes to the disk.
-        progress: whether to show a bar.
+        progress: whether to show progress.
 
     Returns:
-        The lines of the file, one for each question, in the order of the questions.
+        One line of the file for each question, in the order of the questions.
 
     Raises:
-        ValueError: for an image that cannot be read.
+        ValueError: if an image cannot be read.
     """
     missing, output, asked = sheet.missing, sheet.output, sheet.asked
-    with tqdm(
-        desc=output.stem,
-        unit="question",
-        total=len(sheet.questions),
-        initial=len(sheet.questions) - len(missing),
-        disable=not progress,
+    with Progress(
+        output.stem,
+        "questions",
+        len(sheet.questions),
+        done=len(sheet.questions) - len(missing),
+        quiet=not progress,
     ) as bar:
         if missing:
             engine.open()
@@ -160,27 +160,27 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
     """The answers in a file, or in all `*.jsonl` files of a folder.
 
     Raises:
-        ValueError: for a file that holds none.
+        ValueError: for a file without answers.
     """
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     lines = [line | {"file": file.name} for file in files for line in _lines(file)[1:]]
     if not lines:
         raise ValueError(
-            f"{path} holds no answers; name the output of `python -m realign.evaluate`."
+            f"{path} holds no answers. Name the output of `python -m realign.evaluate`."
         )
     return lines
 
 
 def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Answers by id. An incomplete last line, left by a crash, is removed from the file."""
+    """Read answers by id, and remove an incomplete last line, left by a crash, from the file."""
     if not output.exists():
         return {}
     head, *lines = _lines(output)
     if head.get("asked") != asked:
         changed = [n for n, v in asked.items() if head.get("asked", {}).get(n) != v]
         raise ValueError(
-            f"{output} holds answers for another {', '.join(changed)}; name another --output."
+            f"{output} holds answers for another {', '.join(changed)}. Name another --output."
         )
     text = output.read_text(encoding="utf-8")
     if not text.endswith("\n"):
@@ -205,7 +205,7 @@ def _check_images(sheet: Sheet) -> None:
     """Check that the image of every unanswered question is a file in the folder.
 
     Raises:
-        ValueError: for missing images; names the first question and file, and the number of images.
+        ValueError: for missing images, with the first question and file and the number of images.
     """
     images: dict[str, Question] = {}
     for question in sheet.missing:
@@ -213,7 +213,7 @@ def _check_images(sheet: Sheet) -> None:
             images.setdefault(question.image, question)
     if images and not sheet.folder.is_dir():
         raise ValueError(
-            f"--image-folder {sheet.folder} is not a folder; name the folder of the images."
+            f"--image-folder {sheet.folder} is not a folder. Name the folder of the images."
         )
     places = {name: _place(sheet.folder, question) for name, question in images.items()}
     absent = [name for name, place in places.items() if not Path(place).is_file()]
@@ -221,7 +221,7 @@ def _check_images(sheet: Sheet) -> None:
         first = absent[0]
         raise ValueError(
             f"the image of question {images[first].id!r} of {sheet.output.stem} is missing: "
-            f"{places[first]}. {len(absent)} of {len(images)} images are missing; check "
+            f"{places[first]}. {len(absent)} of {len(images)} images are missing. Check "
             "--image-folder."
         )
 

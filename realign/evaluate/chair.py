@@ -1,18 +1,18 @@
-"""CHAIR (arXiv 1809.02156): objects that captions name and images do not show.
+"""CHAIR (arXiv 1809.02156): objects in captions that are not in the image.
 
 - CHAIR-s is the share of captions with at least one such object.
-- CHAIR-i is the share of such mentions among all mentions of objects, repeated ones included.
+- CHAIR-i is the share of such mentions among all mentions of objects, including repeated ones.
 
-An object is a COCO category, named by itself or a synonym; a picture shows the objects that COCO's
-instances *or* its reference captions name. Published figures use the list of synonyms of the
-metric's authors: pass that file as `synonyms` to compare with them. The list in this package is our
-own, and its figures compare two models only with each other. Both lists use the authors' rules:
+An object is a COCO category, named directly or by a synonym. An image shows the objects of its COCO
+instances *or* reference captions. Published figures use the synonyms of the metric's authors. Pass
+that file as `synonyms` to compare with them. The list in this package is different, so its figures
+only compare two models with each other. The authors' rules apply to both lists:
 
 - Two words are one name if the list has them, or if a rule joins them: a baby bird is a bird.
-- Train tracks are not a train, and home plate is no object.
-- If a text has both words "toilet" and "seat", no "seat" counts.
+- Train tracks are not a train, and home plate is not an object.
+- If a text has both words "toilet" and "seat", "seat" does not count.
 
-The authors split words and find singulars with two language packages; this module has short rules.
+The authors split words and find singulars with two language packages. This module has short rules.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ANIMALS = (
 _VEHICLES = ("jet", "train")
 _NOTHING = ("train track", "home plate")
 _WORD = re.compile(r"[^\W_]+(?:[-/][^\W_]+|'(?!s\b)[^\W_]+)*|\S")
-"""A word, where man-made and o'clock are one, or a mark: "a baby, cats" holds no "baby cats"."""
+"""A word or a mark. man-made and o'clock are one word. "a baby, cats" has no "baby cats"."""
 _IRREGULAR = {
     "people": "people", "men": "man", "women": "woman", "children": "child", "geese": "goose",
     "sheep": "sheep", "knives": "knife", "calves": "calf", "skis": "skis", "scissors": "scissors",
@@ -47,11 +47,11 @@ class Chair:
     """Figures of captions, shares in [0, 1].
 
     Attributes:
-        captions: how many.
-        mentions: of objects, in all of them.
-        chair_s: share of captions that name an object which the image does not show.
-        chair_i: share of mentions that are of such objects; 0 where no object is mentioned.
-        recall: share of the objects shown that captions name.
+        captions: number of captions.
+        mentions: number of mentions of objects in all captions.
+        chair_s: share of captions with an object that the image does not show.
+        chair_i: share of mentions of such objects; 0 without mentions.
+        recall: share of the shown objects that captions mention.
     """
 
     captions: int
@@ -62,15 +62,15 @@ class Chair:
 
 
 class Vocabulary:
-    """Objects by the words for them.
+    """Objects by their names and synonyms.
 
     Args:
-        synonyms: a file with a line for each object, its name and synonyms with commas between. Of
-            a name of more than two words, only the words are looked for, as the authors do.
+        synonyms: a file with a line for each object: its name and synonyms, separated by commas. A
+            name of more than two words is found only by its words, as in the authors' code.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: for a file of another kind, or when a word stands for two objects.
+        FileNotFoundError: if the file does not exist.
+        ValueError: for a file of another kind, or a synonym of two objects.
     """
 
     def __init__(self, synonyms: str | Path = OWN_SYNONYMS) -> None:
@@ -80,13 +80,14 @@ class Vocabulary:
                 key = " ".join(map(singular, name.split()))
                 if self._object.setdefault(key, names[0]) != names[0]:
                     raise ValueError(
-                        f"{name!r} stands for {self._object[key]!r} and {names[0]!r} in {synonyms}."
+                        f"{name!r} is a synonym of {self._object[key]!r} and {names[0]!r} in "
+                        f"{synonyms}."
                     )
         self._read = {name: name for name in (*self._object, *_NOTHING) if name.count(" ") == 1}
-        for animal in _ANIMALS:  # a baby bird is no person
+        for animal in _ANIMALS:  # a baby bird is not a person
             self._read |= {f"baby {animal}": animal, f"adult {animal}": animal}
         self._read |= {f"passenger {vehicle}": vehicle for vehicle in _VEHICLES}
-        self._read["toilet seat"] = "toilet"  # no chair
+        self._read["toilet seat"] = "toilet"  # not a chair
 
     def objects(self, text: str) -> list[str]:
         """The objects that a text mentions, in order."""
@@ -106,7 +107,7 @@ class Vocabulary:
 
 
 def singular(word: str) -> str:
-    """The singular of an English noun, by rules that cover the names of COCO's objects."""
+    """The singular of an English noun. The rules cover the names of COCO's objects."""
     if word in _IRREGULAR:
         return _IRREGULAR[word]
     if word.endswith("ies") and len(word) > 4:
@@ -124,27 +125,27 @@ def shown_objects(
     vocabulary: Vocabulary,
     images: Iterable[int],
 ) -> dict[int, set[str]]:
-    """Objects that images show, by COCO's annotations.
+    """Objects that images show, according to COCO's annotations.
 
     Args:
-        instances: instances JSON, as instances_val2014.json.
-        captions: captions JSON of the same images.
-        vocabulary: the objects.
+        instances: JSON file of instances, such as instances_val2014.json.
+        captions: JSON file of captions of the same images.
+        vocabulary: the objects and their names.
         images: ids of the images.
 
     Returns:
         Image id -> names of objects.
 
     Raises:
-        FileNotFoundError: when one of the files is missing.
-        ValueError: for a file of another kind, a category that the vocabulary lacks, or a picture
-            without annotations.
+        FileNotFoundError: if one of the files does not exist.
+        ValueError: for a file of another kind, a category that is not in the vocabulary, or an
+            image without annotations.
     """
     shown: dict[int, set[str]] = {image: set() for image in images}
     content = read_instances(instances)
     annotated = {image["id"] for image in content["images"]}
     if absent := sorted(set(shown) - annotated):
-        raise ValueError(f"{instances} has no image {absent[0]}, of which there is a caption.")
+        raise ValueError(f"{instances} has no image {absent[0]}, but there is a caption of it.")
     names = {}
     for category in content["categories"]:
         objects = vocabulary.objects(category["name"])
@@ -161,7 +162,7 @@ def shown_objects(
 
 
 def hallucinated(mentioned: Sequence[str], shown: set[str]) -> list[str]:
-    """The mentioned objects that the image does not show."""
+    """Mentioned objects that the image does not show."""
     return [name for name in mentioned if name not in shown]
 
 
@@ -172,11 +173,11 @@ def score(
 
     Args:
         captions: image id -> text.
-        shown: `shown_objects` of these images.
-        vocabulary: the objects.
+        shown: result of `shown_objects` for these images.
+        vocabulary: the objects and their names.
 
     Raises:
-        ValueError: for no captions.
+        ValueError: without captions.
     """
     if not captions:
         raise ValueError("there are no captions.")

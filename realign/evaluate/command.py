@@ -1,8 +1,8 @@
 """Benchmarks of photographs: `python -m realign.evaluate pope|chair|hallusionbench|...`.
 
-The first three ask a model the questions in a benchmark's files and print the figures. They save
-every answer in a JSON-lines file (`answering`), so a stopped run resumes. `compare` compares two
-such files, or folders of them. `handoff` prepares a model for lmms-eval and VLMEvalKit.
+`pope`, `chair` and `hallusionbench` ask a model the questions of a benchmark and print the figures.
+They save all answers in JSON-lines files (`answering`), so a stopped run resumes. `compare`
+compares two such files, or two folders. `handoff` prepares a model for lmms-eval and VLMEvalKit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from realign.cli import CommandParser
 from realign.data.errors import short_repr
 from realign.evaluate import chair, files, hallusionbench, paired, tables, yesno
 from realign.evaluate.answering import Question, Sheet, answer, prepare, read_answers
@@ -25,7 +26,7 @@ from realign.files import check_file, check_folder, write_whole
 SHORT = "\nAnswer the question using a single word or phrase."
 """Suffix of a yes/no question in LLaVA and lmms-eval."""
 CAPTION = "Please describe this image in detail."
-"""Prompt of CHAIR in papers on hallucination."""
+"""Usual prompt of CHAIR in papers on hallucination."""
 
 _LEAST = {"limit": 0, "most": 0, "seed": 0, "batch_size": 1, "max_tokens": 1}
 
@@ -35,17 +36,17 @@ _POPE = {
     "image": files.TEXT,
     "label": (lambda value: str(value).strip().lower() in ("yes", "no"), "yes or no"),
 }
-_POPE_FILE = "Give a file of POPE, as coco_pope_random.json."
+_POPE_FILE = "Give a file of POPE, such as coco_pope_random.json."
 _HALLUSION = {"question": files.TEXT} | dict.fromkeys(hallusionbench.NEEDED, files.KEY)
 _HALLUSION["gt_answer"] = (lambda value: str(value) in ("0", "1"), "0 or 1")
 _HALLUSION_FILE = "Give HallusionBench.json."
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one command; returns an exit code.
+    """Run one command. Returns an exit code.
 
     Raises:
-        ValueError: for bad input, with the remedy.
+        ValueError: for invalid input.
         OSError: for missing files.
     """
     args = _parser().parse_args(words)
@@ -58,10 +59,10 @@ def run(words: Sequence[str]) -> int:
 
 
 def pope(args: argparse.Namespace) -> str:
-    """Ask POPE's questions, each file separately, and score them by every rule.
+    """Ask the questions of each POPE file, and score the answers by every rule.
 
     Raises:
-        ValueError: for two files of one name, whose answers would share a file.
+        ValueError: for two files of the same name, whose answers would share a file.
     """
     sheets: dict[str, Sheet] = {}
     for file in args.questions:
@@ -84,10 +85,10 @@ def pope(args: argparse.Namespace) -> str:
 
 
 def captions(args: argparse.Namespace) -> str:
-    """Generate captions and score the objects they name.
+    """Generate captions, and score the objects that they mention.
 
     Raises:
-        ValueError: for an image without a file name, or files of another kind.
+        ValueError: for an image without a file name, or a file of another kind.
     """
     vocabulary = chair.Vocabulary(args.synonyms or chair.OWN_SYNONYMS)
     names = {
@@ -120,7 +121,7 @@ def captions(args: argparse.Namespace) -> str:
 
 
 def hallusion(args: argparse.Namespace) -> str:
-    """Ask HallusionBench's questions and score them by every rule.
+    """Ask the questions of HallusionBench, and score the answers by every rule.
 
     Raises:
         ValueError: for a file name that is not text, or a file of another kind.
@@ -148,10 +149,10 @@ def hallusion(args: argparse.Namespace) -> str:
 
 
 def compare(args: argparse.Namespace) -> str:
-    """Two models' answers to the same questions; two files may have any names.
+    """Compare the answers of two models to the same questions. Single files may have any names.
 
     Raises:
-        ValueError: for answers to different questions, or answers without labels.
+        ValueError: for answers to different questions, or without labels.
     """
     paths = [Path(args.first), Path(args.second)]
     single = not any(path.is_dir() for path in paths)
@@ -184,14 +185,14 @@ def compare(args: argparse.Namespace) -> str:
 
 
 def handoff(args: argparse.Namespace) -> str:
-    """Write a folder for lmms-eval and VLMEvalKit."""
+    """Write a model folder for lmms-eval and VLMEvalKit."""
     return hand_off(args.model, args.output)
 
 
 def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, Any]]:
-    """(file, id) -> answer with its label, of the yes/no questions; captions are skipped.
+    """(file, id) -> answer with its label, for yes/no questions. Captions are skipped.
 
-    `name` replaces the file's name, where two single files are compared.
+    `name` replaces the file's name if two single files are compared.
     """
     labelled = {}
     for line in read_answers(path):
@@ -202,7 +203,7 @@ def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, A
                 raise ValueError(f"{path}: answer {line['id']!r} has no question, image or label.")
             labelled[name or line["file"], line["id"]] = line
     if not labelled:
-        raise ValueError(f"{path} has no labels; `compare` needs yes/no answers.")
+        raise ValueError(f"{path} has no labels. `compare` needs yes/no answers.")
     return labelled
 
 
@@ -234,7 +235,7 @@ def _sheet(
 def _answers(
     args: argparse.Namespace, sheets: Mapping[str, Sheet]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Answers to the questions of every sheet, by the name of the sheet."""
+    """Answer the questions of all sheets. Returns the answers by sheet name."""
     from realign.pairs.engines import make_engine
 
     engine = make_engine(f"transformers:{args.model}", batch_size=args.batch_size, dtype=args.dtype)
@@ -246,7 +247,7 @@ def _answers(
         engine.close()
     for lines in answers.values():
         if failed := [line for line in lines if line.get("error") and line["answer"] == ""]:
-            print(f"{len(failed)} of {len(lines)} have no answer ({failed[0]['error']})")
+            print(f"{len(failed)} of {len(lines)} questions have no answer ({failed[0]['error']})")
     return answers
 
 
@@ -255,7 +256,7 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> list[str]:
 
 
 def _write_scores(args: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
-    """Write the figures beside the answers; returns the table."""
+    """Write the scores to the folder of the answers. Returns the table."""
     path = Path(args.output) / f"{args.command}.json"
     content = {"model": args.model, "scores": scores}
     write_whole(path, json.dumps(content, indent=2) + "\n")
@@ -272,48 +273,114 @@ def _lines(table: tables.Table) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m realign.evaluate")
-    commands = parser.add_subparsers(dest="command", required=True)
+    prog = "python -m realign.evaluate"
+    parser = CommandParser(prog=prog)
+    commands = parser.add_subparsers(
+        dest="command", required=True, prog=prog, parser_class=CommandParser
+    )
 
-    def add(name: str, function: Callable, about: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=about, description=about)
+    def add(name: str, function: Callable, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            description=COMMANDS[name] + ".",
+            example=f"python -m realign.evaluate {name} {example}",
+        )
         command.set_defaults(run=function)
         return command
 
-    def asks(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--model", required=True, help="folder or hub name; adapters, too")
-        command.add_argument("--image-folder", required=True, help="folder of the images")
-        command.add_argument("--output", required=True, help="folder for answers and figures")
-        command.add_argument("--batch-size", type=int, default=16, help="at once (%(default)s)")
-        command.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 on a GPU, else fp32")
-        command.add_argument("--limit", type=int, default=0, help="the first so many; 0: all")
-        command.add_argument("--quiet", action="store_true", help="no progress bars")
+    def add_model(command: argparse.ArgumentParser) -> None:
+        add = command.add_argument
+        add("--model", required=True, help="Folder or Hub name of a model or an adapter. Required.")
+        add(
+            "--image-folder",
+            required=True,
+            metavar="FOLDER",
+            help="Folder of the images. Required.",
+        )
+        add(
+            "--output",
+            required=True,
+            metavar="FOLDER",
+            help="Folder for answers and figures. A stopped run resumes from it. Required.",
+        )
+        add("--batch-size", type=int, default=16, metavar="N", help="Answers generated together.")
+        add(
+            "--dtype",
+            choices=("fp32", "bf16"),
+            help="Precision of the computation. Without it, bf16 on a GPU and fp32 on a CPU.",
+        )
+        add("--limit", type=int, default=0, metavar="N", help="Questions to use. 0 uses all.")
+        add("--quiet", action="store_true", help="Print no progress.")
 
-    command = add("pope", pope, "POPE: yes/no questions about objects, by three rules")
-    command.add_argument("questions", nargs="+", metavar="FILE", help="coco_pope_random.json, ...")
-    command.add_argument("--suffix", default=SHORT, help="behind every question")
-    asks(command)
-    command = add("chair", captions, "CHAIR: objects in captions that images do not show")
-    command.add_argument("--instances", required=True, help="COCO's instances_val2014.json")
-    command.add_argument("--reference", required=True, help="COCO's captions_val2014.json")
-    command.add_argument("--synonyms", help="synonyms.txt of the metric's authors (our own list)")
-    command.add_argument("--prompt", default=CAPTION, help="that asks for a caption (%(default)s)")
-    command.add_argument("--max-tokens", type=int, default=512, help="of a caption (%(default)s)")
-    command.add_argument("--most", type=int, default=500, help="images drawn; 0: all (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
-    asks(command)
-    command = add("hallusionbench", hallusion, "HallusionBench, by rules in place of GPT-4")
-    command.add_argument("questions", metavar="FILE", help="HallusionBench.json")
-    command.add_argument("--suffix", default=SHORT, help="behind every question")
-    asks(command)
-    command = add("compare", compare, "two models on the same questions: McNemar and bootstrap")
-    command.add_argument("first", help="answers (JSON lines, or a folder of them)")
-    command.add_argument("second", help="of the other model")
-    command.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
-    command = add("handoff", handoff, "a merged folder for lmms-eval and VLMEvalKit")
-    command.add_argument("--model", required=True, help="folder or hub name; an adapter is merged")
-    command.add_argument("--output", required=True, help="folder to write")
+    def add_suffix(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--suffix",
+            default=SHORT,
+            metavar="TEXT",
+            help="Text appended to every question. Default: a new line and "
+            f"'{SHORT.strip().replace('%', '%%')}'",
+        )
+
+    files = "\\\n    --model runs/llava/model --image-folder val2014 --output answers"
+    command = add("pope", pope, f"coco_pope_random.json {files}")
+    command.add_argument(
+        "questions", nargs="+", metavar="FILE", help="POPE file, such as coco_pope_random.json."
+    )
+    add_suffix(command)
+    add_model(command)
+    command = add(
+        "chair",
+        captions,
+        "\\\n    --instances instances_val2014.json --reference captions_val2014.json " + files,
+    )
+    for flag in ("instances", "reference"):
+        file = {"instances": "instances_val2014.json", "reference": "captions_val2014.json"}[flag]
+        command.add_argument(
+            f"--{flag}", required=True, metavar="FILE", help=f"COCO's {file}. Required."
+        )
+    command.add_argument(
+        "--synonyms",
+        metavar="FILE",
+        help="synonyms.txt of the authors of CHAIR. Without it, the list of this package is used.",
+    )
+    command.add_argument("--prompt", default=CAPTION, metavar="TEXT", help="Prompt for a caption.")
+    command.add_argument(
+        "--max-tokens", type=int, default=512, metavar="N", help="Most tokens of a caption."
+    )
+    command.add_argument(
+        "--most", type=int, default=500, metavar="N", help="Images to sample. 0 uses all images."
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="Seed of the sample of images."
+    )
+    add_model(command)
+    command = add("hallusionbench", hallusion, f"HallusionBench.json {files}")
+    command.add_argument("questions", metavar="FILE", help="HallusionBench.json.")
+    add_suffix(command)
+    add_model(command)
+    command = add("compare", compare, "answers-base answers-rdpo")
+    for name, model in (("first", "first"), ("second", "second")):
+        command.add_argument(
+            name, metavar=name.upper(), help=f"Answers of the {model} model: a file or a folder."
+        )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the bootstrap.")
+    command = add("handoff", handoff, "\\\n    --model runs/llava/model --output llava-merged")
+    command.add_argument(
+        "--model",
+        required=True,
+        help="Folder or Hub name. An adapter is merged into its base. Required.",
+    )
+    command.add_argument(
+        "--output", required=True, metavar="FOLDER", help="Folder to write. Required."
+    )
     return parser
 
 
-COMMANDS = ("pope", "chair", "hallusionbench", "compare", "handoff")
+COMMANDS = {
+    "pope": "POPE: yes/no questions about objects, scored by three rules",
+    "chair": "CHAIR: objects in captions that are not in the image",
+    "hallusionbench": "HallusionBench, scored by rules instead of GPT-4",
+    "compare": "Compare two models by McNemar's test and a bootstrap",
+    "handoff": "Write a merged folder for lmms-eval and VLMEvalKit",
+}
+"""Command -> summary."""

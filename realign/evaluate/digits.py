@@ -1,9 +1,9 @@
 """Hallucination rate of a digits model: `python -m realign.evaluate --model DIR`.
 
-The rate is the share of misnamed digits in captions; accuracy, F1 and yes-rate are those of yes/no
-questions as in POPE. No scene or handwritten digit was used in training, and the prior of the
-training scenes does not hold. Intervals are 95 % percentile bootstraps over scenes, since
-the four digits of a scene are not independent.
+The rate is the share of misnamed digits in captions. Accuracy, F1 and yes-rate are those of yes/no
+questions, as in POPE. Training used none of the test scenes and handwritten digits, and the test
+scenes do not follow the prior of the training scenes. Intervals are 95 % percentile bootstraps over
+scenes, since the four digits of a scene are not independent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from realign.digits import ASSETS
 from realign.digits.scenes import (
@@ -30,6 +29,7 @@ from realign.digits.scenes import (
 from realign.files import check_file
 from realign.modeling.chat import ChatTemplate, text_inputs
 from realign.modeling.loading import load_processor, load_trained
+from realign.progress import Progress
 
 EVALUATION_SEED = 20_000  # scenes of no training seed
 RESAMPLES = 2000
@@ -38,28 +38,28 @@ RESAMPLES = 2000
 @dataclass
 class EvaluateConfig:
     model: str | None = None
-    """Folder of a model or adapter; the shipped digits model when absent."""
+    """Folder of a model or adapter. Without it, the shipped digits model is evaluated."""
     output: str | None = None
-    """JSON file to write beside the printed table."""
+    """JSON file for the rates, which are also printed."""
     answers: str | None = None
-    """JSON lines file to write with every caption and answer, a line for each scene."""
+    """JSON-lines file for all captions and answers, one line per scene."""
     scenes: int = 3000
-    """Unbiased test scenes."""
+    """Number of test scenes."""
     batch_size: int = 250
-    """Scenes in one generation."""
+    """Scenes generated together."""
     biased: bool = False
-    """Use scenes that follow the prior of the training captions instead."""
+    """Use scenes that follow the prior of the training captions, instead of unbiased scenes."""
     seed: int = 0
-    """Seed of the evaluation scenes."""
+    """Seed of the test scenes."""
     quiet: bool = False
-    """No progress bars."""
+    """Print no progress."""
 
     def __post_init__(self) -> None:
         for name, minimum in (("scenes", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}.")
         if self.output and self.output == self.answers:
-            raise ValueError(f"--output and --answers both name {self.output}; name two files.")
+            raise ValueError(f"--output and --answers both name {self.output}. Name two files.")
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class Rate:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
-    """Caption and question the test scenes.
+    """Generate captions of the test scenes and answers to questions about them.
 
     Returns:
-        `hallucination_rate` (share of digits misnamed or not named in captions), `accuracy`, `f1`
-        and `yes_rate` of the answers; an answer other than yes or no counts as wrong.
+        `hallucination_rate`, the share of digits that captions misname or do not name, and
+        `accuracy`, `f1` and `yes_rate` of the answers. An answer other than yes or no is wrong.
 
     Raises:
-        ValueError: for a missing model, or a file that cannot be written; before a model is loaded.
+        ValueError: for a missing model or an unwritable file, before the model is loaded.
     """
     for flag, file in (("--output", config.output), ("--answers", config.answers)):
         if file:
@@ -102,14 +102,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Rate]:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of a model about N scenes, and the truth.
+    """Answers of a model about N scenes, and the true digits.
 
     Attributes:
         captions: N texts.
-        named: (N, 4) int, the digits that the captions name, -1 where none is named.
-        digits: (N, 4) int, the true ones.
-        questions: N pairs of a question whose answer is yes and one whose answer is no.
-        answered: (N, 2) str, the answers to them.
+        named: (N, 4) int, the digits that the captions name, or -1 for a digit that is not named.
+        digits: (N, 4) int, the true digits.
+        questions: N pairs of questions, one whose answer is yes and one whose answer is no.
+        answered: (N, 2) str, the answers to the questions.
     """
 
     captions: list[str]
@@ -129,7 +129,7 @@ class Answers:
         }
 
     def lines(self, scenes: Sequence[Scene]) -> Iterator[dict[str, Any]]:
-        """A line for each scene, of plain types."""
+        """One dictionary of plain types for each scene."""
         for i, scene in enumerate(scenes):
             asked = zip(self.questions[i], self.answered[i].tolist(), strict=True)
             yield {
@@ -150,22 +150,22 @@ def answer(
     batch_size: int = 250,
     progress: bool = False,
 ) -> Answers:
-    """Have a model caption scenes and answer two questions about each.
+    """Generate a caption of each scene, and answers to two questions about it.
 
     Args:
-        model: on its device.
-        processor: its processor.
+        model: the model, on its device.
+        processor: processor of the model.
         scenes: N scenes.
-        seed: draws the questions.
-        batch_size: scenes in one generation.
-        progress: whether to show bars.
+        seed: seed of the questions.
+        batch_size: scenes generated together.
+        progress: whether to show progress.
     """
     rng = np.random.default_rng(seed)
     questions = [make_questions(scene, rng) for scene in scenes]
     captions = caption(model, processor, scenes, batch_size, desc="captions", progress=progress)
     named = [[-1 if d is None else d for d in digits_in(text)] for text in captions]
     answered = np.empty((len(scenes), 2), dtype=object)
-    for kind in range(2):  # a question whose answer is yes, one whose answer is no
+    for kind in range(2):  # first the questions whose answer is yes
         answered[:, kind] = generate(
             model,
             processor,
@@ -173,7 +173,7 @@ def answer(
             [pair[kind].text for pair in questions],
             batch_size,
             max_new_tokens=2,
-            desc=f"questions {kind + 1}/2",
+            desc=f"questions {kind + 1} of 2",
             progress=progress,
         )
     digits = np.array([scene.digits for scene in scenes])
@@ -219,25 +219,26 @@ def generate(
     template = ChatTemplate(processor)
     texts = [template.prompt([{"role": "user", "content": p}], 1).text for p in prompts]
     responses: list[str] = []
-    starts = range(0, len(scenes), batch_size)
-    for start in tqdm(starts, desc=desc, unit="batch", disable=not progress):
-        part = slice(start, start + batch_size)
-        encoded = processor(
-            images=[scene.image for scene in scenes[part]],
-            **text_inputs(processor, texts[part]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        ).to(model.device)
-        out = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
-        new_ids = out[:, encoded["input_ids"].shape[1] :]
-        new_texts = processor.batch_decode(new_ids, skip_special_tokens=True)
-        responses += [text.strip() for text in new_texts]
+    with Progress(desc, "scenes", len(scenes), quiet=not progress) as bar:
+        for start in range(0, len(scenes), batch_size):
+            part = slice(start, start + batch_size)
+            encoded = processor(
+                images=[scene.image for scene in scenes[part]],
+                **text_inputs(processor, texts[part]),
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+            ).to(model.device)
+            out = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
+            new_ids = out[:, encoded["input_ids"].shape[1] :]
+            new_texts = processor.batch_decode(new_ids, skip_special_tokens=True)
+            responses += [text.strip() for text in new_texts]
+            bar.update(len(new_texts))
     return responses
 
 
 def table(results: dict[str, dict[str, Rate]]) -> str:
-    """A table of several models' results, one line each."""
+    """A table with one line for each model."""
     columns = ("hallucination_rate", "accuracy", "f1", "yes_rate")
     heads = ("hallucination", "yes/no accuracy", "F1", "yes-rate")
     lines = [[""] + [f"{head} [95 % CI]" for head in heads]]

@@ -1,7 +1,7 @@
 """Benchmark files: questions, COCO annotations and synonyms, checked before a model is loaded.
 
-Files are UTF-8, with or without a byte order mark. Every error names the file, the item and the
-file to give instead.
+Files are UTF-8, with or without a byte order mark. Errors name the file, the item and the file to
+give instead.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from realign.data.errors import short_repr
 
 Field = tuple[Callable[[Any], bool], str]
-"""Predicate of a valid value, and the description of valid values for the error."""
+"""Predicate of valid values, and their description for the error."""
 
-_MARKUP = set('{}[]":')  # in no name of an object
+_MARKUP = set('{}[]":')  # not part of any object name
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is text that a tokenizer accepts: not empty, no half of a surrogate pair."""
+    """Whether a value is text that a tokenizer accepts: not empty, and without surrogates."""
     return isinstance(value, str) and bool(value.strip()) and not any(map(_surrogate, value))
 
 
@@ -37,15 +37,15 @@ def read_text(file: str | Path) -> str:
     """Text of a UTF-8 file, without its byte order mark.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: for a folder, an empty file, or one that is not UTF-8 text.
     """
     if Path(file).is_dir():
-        raise ValueError(f"{file} is a folder; name a file.")
+        raise ValueError(f"{file} is a folder. Name a file.")
     try:
         text = Path(file).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {file}; check the name.") from None
+        raise FileNotFoundError(f"there is no file {file}. Check the name.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
     if "\0" in text:
@@ -58,16 +58,16 @@ def read_text(file: str | Path) -> str:
 def read_rows(
     file: str | Path, fields: Mapping[str, Field], remedy: str, limit: int = 0
 ) -> list[dict[str, Any]]:
-    """The objects of a JSON array or of JSON lines, each with `fields`.
+    """Read the objects of a JSON array or of JSON lines, and check their fields.
 
     Args:
         file: the file.
-        fields: name -> its `Field`.
-        remedy: end of each error message: the file to give.
-        limit: number of objects to read; 0 reads all.
+        fields: name of a field -> `Field`.
+        remedy: end of each error message, with the file to give.
+        limit: number of objects to return; 0 returns all.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: for a file without objects, or an object with a missing or invalid field.
     """
     text = read_text(file)
@@ -93,10 +93,10 @@ def read_rows(
 
 
 def read_instances(file: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """COCO's instances: `images`, `categories` and `annotations` of both.
+    """Read COCO's instances: `images`, `categories`, and `annotations` that link them.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: for another file, such as COCO's captions.
     """
     content = _coco(
@@ -106,32 +106,34 @@ def read_instances(file: str | Path) -> dict[str, list[dict[str, Any]]]:
             "categories": {"id": _is_int, "name": is_text},
             "annotations": {"image_id": _is_int, "category_id": _is_int},
         },
-        "Give COCO's instances, as instances_val2014.json, to --instances.",
+        "Give COCO's instances, such as instances_val2014.json, to --instances.",
     )
     category_ids = {category["id"] for category in content["categories"]}
     for note in content["annotations"]:
         if note["category_id"] not in category_ids:
-            raise ValueError(f"{file} has no category {note['category_id']} of an annotation.")
+            raise ValueError(
+                f"{file} has no category {note['category_id']}, but an annotation uses it."
+            )
     return content
 
 
 def read_captions(file: str | Path) -> list[dict[str, Any]]:
-    """The annotations of COCO's captions.
+    """Read the annotations of COCO's captions.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: for another file, such as COCO's instances.
     """
-    remedy = "Give COCO's captions, as captions_val2014.json, to --reference."
+    remedy = "Give COCO's captions, such as captions_val2014.json, to --reference."
     fields = {"annotations": {"image_id": _is_int, "caption": lambda v: isinstance(v, str)}}
     return _coco(file, fields, remedy)["annotations"]
 
 
 def read_synonyms(file: str | Path) -> list[list[str]]:
-    """The names of each object in a list of synonyms: a line each, with commas between.
+    """Read the names of each object in a list of synonyms: one line each, separated by commas.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: for a file of another kind.
     """
     lines = read_text(file).splitlines()
@@ -139,7 +141,7 @@ def read_synonyms(file: str | Path) -> list[list[str]]:
         if _MARKUP & set(line):
             raise ValueError(
                 f"{file} is not a list of synonyms: line {number} is {short_repr(line)}. Give a "
-                "line for each object, its name and synonyms with commas between, to --synonyms."
+                "line for each object, with name and synonyms separated by commas, to --synonyms."
             )
     named = ([name.strip().lower() for name in line.split(",") if name.strip()] for line in lines)
     return [names for names in named if names]

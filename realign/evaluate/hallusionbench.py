@@ -1,8 +1,7 @@
 """HallusionBench (arXiv 2310.14566): figures of its leaderboard from right and wrong answers.
 
-Every question has a category (VD: visual dependent, VS: visual supplement), a subcategory, a set, a
-figure and a question number. The same question about the figures of a set is a *question pair*, all
-questions about one figure belong to that figure.
+Each question has a category (VD: visual dependent, VS: visual supplement), a subcategory, a set, a
+figure and a question number. A *question pair* is the same question about the figures of a set.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ class Hallusion:
     """Figures of the leaderboard, shares in [0, 1].
 
     Attributes:
-        question_pair: question pairs of which all answers are right.
-        figure: figures of which all answers are right; VS questions without a figure have none.
-        easy: questions about the original figure (number 0).
-        hard: the question pairs of the changed figures.
-        question: all questions.
+        question_pair: share of question pairs with only right answers.
+        figure: share of figures with only right answers, without VS questions that have no figure.
+        easy: share of questions about the original figure (number 0) that are answered right.
+        hard: share of question pairs about changed figures with only right answers.
+        question: share of right answers to all questions.
     """
 
     question_pair: float
@@ -36,19 +35,19 @@ class Hallusion:
 
 
 def correct(answers: Sequence[str], rows: Sequence[Mapping[str, Any]], rule: str) -> list[bool]:
-    """Whether each answer is right: yes where `gt_answer` is 1, no where it is 0.
+    """Whether each answer is right: yes if `gt_answer` is 1, and no if it is 0.
 
-    The leaderboard has GPT-4 compare an answer with a reference text. A rule of `yesno.RULES` needs
-    no model, and its figures are not those of the leaderboard.
+    On the leaderboard, GPT-4 compares an answer with a reference text. A rule of `yesno.RULES`
+    needs no model, but its figures cannot be compared with the leaderboard.
 
     Raises:
-        ValueError: for a row that lacks a field, or for a wrong number of answers.
+        ValueError: for a row without a needed field, or a wrong number of answers.
     """
     if len(answers) != len(rows):
         raise ValueError(f"there are {len(answers)} answers to {len(rows)} questions.")
     for row in rows:
         if missing := [name for name in NEEDED if name not in row]:
-            raise ValueError(f"a question has no {', '.join(missing)}; give HallusionBench.json.")
+            raise ValueError(f"a question has no {', '.join(missing)}. Give HallusionBench.json.")
     labels = ["yes" if str(row["gt_answer"]) == "1" else "no" for row in rows]
     return [RULES[rule](a) == label for a, label in zip(answers, labels, strict=True)]
 
@@ -58,10 +57,10 @@ def score(right: Sequence[bool], rows: Sequence[Mapping[str, Any]]) -> Hallusion
 
     Args:
         right: whether the answer to each question is right.
-        rows: the questions of HallusionBench.json.
+        rows: questions of HallusionBench.json.
 
     Raises:
-        ValueError: for no questions.
+        ValueError: without questions.
     """
     if not rows:
         raise ValueError("there are no questions.")

@@ -1,4 +1,4 @@
-"""A trained model for other evaluation kits: a merged folder, a command, a configuration."""
+"""Hand-off of a trained model to lmms-eval and VLMEvalKit: folder, command and configuration."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _DATA = ("POPE", "HallusionBench", "MME")  # of VLMEvalKit's class ImageYORNData
 
 
 def hand_off(model: str, output: str | Path) -> str:
-    """Write a merged model folder and the settings to evaluate it with other kits.
+    """Write a merged model folder and the settings to evaluate it with other tools.
 
     Args:
-        model: folder or hub name; an adapter is merged into its base.
-        output: folder to write: the complete model with its processor, and vlmevalkit.json.
+        model: folder or Hub name. An adapter is merged into its base.
+        output: folder to write, with the complete model, its processor and vlmevalkit.json.
 
     Returns:
-        The commands to run, in lines.
+        The commands to run, one per line.
 
     Raises:
-        ValueError: when `output` is not empty, or there is no model at `model`.
+        ValueError: if `output` is not empty, or there is no model at `model`.
     """
     output = export_whole(model, Path(output))
     config = AutoConfig.from_pretrained(output)
@@ -50,13 +50,13 @@ def hand_off(model: str, output: str | Path) -> str:
     place = str(output.resolve())
     lines = [f"wrote {output} ({kind}, {str(dtype).removeprefix('torch.')})"]
     if (wrapper := _LMMS.get(kind)) is None:
-        lines.append(f"lmms-eval: no wrapper for {kind} is known; see its list of models")
+        lines.append(f"lmms-eval: no wrapper for {kind} is known. See its list of models.")
     else:
         command = ["python", "-m", "lmms_eval", "--model", wrapper, "--model_args"]
         command += [f"pretrained={place}", "--tasks", ",".join(_TASKS), "--batch_size", "1"]
         lines.append(f"lmms-eval: {shlex.join([*command, '--output_path', 'lmms-eval'])}")
     if (name := _VLMEVAL.get(kind)) is None:
-        lines.append(f"VLMEvalKit: no class for {kind} is known; see its list of models")
+        lines.append(f"VLMEvalKit: no class for {kind} is known. See its list of models.")
     else:
         entries = {
             "model": {output.name: {"class": name, "model_path": place}},
@@ -64,5 +64,5 @@ def hand_off(model: str, output: str | Path) -> str:
         }
         write_whole(output / "vlmevalkit.json", json.dumps(entries, indent=2) + "\n")
         lines.append(f"VLMEvalKit: python run.py --config {shlex.quote(place)}/vlmevalkit.json")
-    lines.append("Both have environments of their own; neither was run with this folder.")
+    lines.append("Both need separate environments. Neither was run with this folder.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Two models on the same questions: McNemar's test and a bootstrap interval of the difference."""
+"""Paired comparison of two models: McNemar's test and a bootstrap interval of the difference."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Comparison:
     """The second model against the first on the same questions.
 
     Attributes:
-        questions: how many.
+        questions: number of questions.
         first, second: shares of right answers.
         difference: second - first.
-        low, high: its 95 % percentile bootstrap interval, over questions or clusters of them.
+        low, high: 95 % percentile bootstrap interval of the difference, over questions or clusters.
         gained: questions that only the second model answered right.
         lost: questions that only the first model answered right.
-        p: McNemar's exact p-value, two-sided: the binomial test of gained against lost. It assumes
+        p: McNemar's exact two-sided p-value, the binomial test of gained against lost. It assumes
             independent questions.
     """
 
@@ -53,20 +53,20 @@ def compare(
     """Compare the right answers of two models.
 
     Args:
-        first: of the first model.
-        second: of the second, to the same questions in the same order.
+        first: whether the answers of the first model are right.
+        second: the same for the second model, for the same questions in the same order.
         clusters: group of each question, such as its image. Questions about one image are not
-            independent, so the bootstrap draws images. None draws questions.
-        seed: of the bootstrap.
+            independent, so the bootstrap draws clusters. None draws questions.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: for no questions, or different numbers of answers.
+        ValueError: without questions, or for different numbers of answers.
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(
-            f"there are {first.shape} and {second.shape} answers; give one of each model to every "
-            "question."
+            f"there are {first.shape} and {second.shape} answers. Give one answer of each model to "
+            "every question."
         )
     gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
     p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0

@@ -1,4 +1,4 @@
-"""Figures of photographs' benchmarks as tables: for the terminal, and for a model card."""
+"""Tables of benchmark figures, for the terminal and for a model card."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ OWN = "Re-Align's own list of synonyms, not that of published figures"
 
 
 class Table(NamedTuple):
-    """Figures to show.
+    """Figures of a benchmark.
 
     Attributes:
-        title: name of the benchmark and rule; empty where the heads are enough.
-        heads: of the columns.
-        rows: each with one cell for each head.
+        title: name of the benchmark and rule; empty if the heads are enough.
+        heads: heads of the columns.
+        rows: rows with one cell per column.
     """
 
     title: str
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 
 def pope(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """Of file -> rule -> fields of `YesNo`."""
+    """Table of POPE from file -> rule -> fields of `YesNo`."""
     rows = []
     for file, rules in scores.items():
         for f in (YesNo(**figures) for figures in rules.values()):
@@ -40,29 +40,31 @@ def pope(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
 
 
 def chair(scores: Mapping[str, Any]) -> Table:
-    """Of the fields of `Chair`, and `synonyms`, the file of them or `OWN`."""
+    """Table of CHAIR from the fields of `Chair` and `synonyms`, a file or `OWN`."""
     f = Chair(**{name: value for name, value in scores.items() if name != "synonyms"})
     shares = map(_percent, (f.chair_s, f.chair_i, f.recall))
     heads = ("captions", "mentions", "CHAIR-s", "CHAIR-i", "recall")
-    title = f"CHAIR, objects by {Path(scores['synonyms']).name}"  # no folder: it is private
+    title = (
+        f"CHAIR, objects by {Path(scores['synonyms']).name}"  # without the folder, which is private
+    )
     return Table(title, heads, [(str(f.captions), str(f.mentions), *shares)])
 
 
 def hallusionbench(scores: Mapping[str, Mapping[str, float]]) -> Table:
-    """Of rule -> fields of `Hallusion`."""
+    """Table of HallusionBench from rule -> fields of `Hallusion`."""
     rows = [
         (rule, *map(_percent, asdict(Hallusion(**figures)).values()))
         for rule, figures in scores.items()
     ]
     heads = ("rule", "question pair", "figure", "easy", "hard", "all questions")
-    return Table("HallusionBench, by rules in place of the leaderboard's judge", heads, rows)
+    return Table("HallusionBench, scored by rules instead of the leaderboard's judge", heads, rows)
 
 
 def table_of(scores: Mapping[str, Any]) -> Table:
     """The table of the "scores" in pope.json, chair.json or hallusionbench.json.
 
     Raises:
-        TypeError: for fields that the dataclasses of the figures do not have.
+        TypeError: for unknown fields of the figures.
     """
     if "chair_s" in scores:
         return chair(scores)
@@ -72,7 +74,7 @@ def table_of(scores: Mapping[str, Any]) -> Table:
 
 
 def markdown(table: Table) -> str:
-    """The table under its title, for a model card."""
+    """The table in Markdown, with its title, for a model card."""
     lines = [table.heads, ["---"] * len(table.heads), *table.rows]
     shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table.title}:\n\n{shown}" if table.title else shown

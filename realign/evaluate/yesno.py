@@ -1,15 +1,15 @@
-"""Yes/no questions as in POPE (arXiv 2305.10355).
+"""Scores of yes/no questions as in POPE (arXiv 2305.10355).
 
 Three rules read yes or no from an answer. They give different figures for the same answers, so
-every figure carries the name of its rule:
+each figure is labelled with its rule:
 
-- `pope`: the rule of POPE's authors and of LLaVA. No if the first sentence has the word "No", "no"
-  or "not", else yes: an answer that has neither is yes.
-- `exact`: the rule of lmms-eval. The complete answer must be yes or no; any other answer is wrong.
-- `word`: the rule of VLMEvalKit (without its judge). Yes if "yes" is among the words and "no" is
-  not, no in the opposite case; any other answer is wrong and does not count as yes. White space
-  separates words after some marks are removed (`_word`). The marks "*", ":" and "'" stay, so "*No*"
-  is neither.
+- `pope` is the rule of POPE's authors and of LLaVA. The answer is no if the first sentence has the
+  word "No", "no" or "not". Any other answer is yes.
+- `exact` is the rule of lmms-eval. The complete answer must be yes or no. Other answers are wrong.
+- `word` is the rule of VLMEvalKit, without its judge. The answer is yes if it has the word "yes",
+  but not "no", and no in the opposite case. Other answers are wrong and do not count as yes. White
+  space separates words after some marks are removed (`_word`). The marks "*", ":" and "'" are kept,
+  so "*No*" is neither.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def _exact(answer: str) -> str | None:
 
 
 def _word(answer: str) -> str | None:
-    """Rule `word`: marks are removed or become spaces, then the words are searched for yes and no.
+    """Rule `word`: remove marks or replace them by spaces, then look for the words yes and no.
 
-    A mark beside a space is removed everywhere; any other mark becomes a space. If a number has a
-    comma, all marks are removed. The first 32 periods without a following digit are removed.
+    A mark that is next to a space somewhere is removed. Any other mark becomes a space. If a number
+    has a comma, all marks are removed. The first 32 periods without a following digit are removed.
     """
     text = answer.lower()
     number = re.search(r"\d,\d", text)
@@ -48,7 +48,7 @@ def _word(answer: str) -> str | None:
 
 
 RULES: dict[str, Callable[[str], str | None]] = {"pope": _pope, "exact": _exact, "word": _word}
-"""Name of a rule -> answer -> "yes", "no", or None where it is neither."""
+"""Name of a rule -> function from an answer to "yes", "no", or None for neither."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class YesNo:
 
     Attributes:
         rule: one of `RULES`.
-        questions: how many.
-        accuracy: right answers; one that is neither yes nor no is wrong.
-        precision: of yes; 0 where no answer is yes.
-        recall: of yes: 1 - share of "no" among answers to questions whose answer is yes. An answer
-            that is neither counts as missed by rule `word`, and does not count by `exact`, as in
-            the originals.
-        f1: of precision and recall, 0 where both are.
+        questions: number of questions.
+        accuracy: share of right answers. An answer that is neither yes nor no is wrong.
+        precision: precision of yes; 0 if no answer is yes.
+        recall: recall of yes: 1 - share of "no" among answers to questions whose answer is yes. An
+            answer that is neither counts as missed under `word`, and is left out under `exact`, as
+            in the originals.
+        f1: harmonic mean of precision and recall; 0 if both are 0.
         yes_rate: share of answers that are yes.
-        unread: share of answers that are neither.
+        unread: share of answers that are neither yes nor no.
     """
 
     rule: str
@@ -82,12 +82,12 @@ def score(answers: Sequence[str], labels: Sequence[str], rule: str) -> YesNo:
     """Score answers to yes/no questions.
 
     Args:
-        answers: of the model.
-        labels: "yes" or "no" for each, in any case.
+        answers: answers of the model.
+        labels: "yes" or "no" for each answer, in upper or lower case.
         rule: one of `RULES`.
 
     Raises:
-        ValueError: for an unknown rule or label, no questions, or a wrong number of labels.
+        ValueError: for an unknown rule or label, a wrong number of labels, or without questions.
     """
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}.")

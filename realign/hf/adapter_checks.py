@@ -1,4 +1,4 @@
-"""Checks of adapters for RDPOTrainer: kinds, options and states that it cannot train or save."""
+"""Checks of adapters for RDPOTrainer: unsupported kinds, options and states."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ SUPPORTED = {
     "PSOFT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA",
     "VBLORA", "VERA", "WAVEFT",
 }  # fmt: skip
-"""Kinds that act in the layers they replace; tests train, save and reload each of them."""
+"""Kinds that act in the layers they replace. Tests train, save and reload each of them."""
 
 _REASONS = {
-    "ADALORA": "it needs a call in each step, and a loss of its own",
+    "ADALORA": "it needs a call in each step and its own loss",
     "LILY": "its layers average over all tokens of a batch, across records",
-    "PVERA": "it draws random weights in each step, so no reference is the policy's",
+    "PVERA": "it draws random weights in each step, so policy and reference never agree",
 }
 _REFUSED_OPTIONS = {
     "arrow_config": "it routes among adapters that are not trained",
-    "monteclora_config": "it needs a loss of its own",
-    "kasa_config": "it needs a loss of its own",
+    "monteclora_config": "it needs its own loss",
+    "kasa_config": "it needs its own loss",
     "use_asa": "it needs a call in each step",
     "save_only_topk_weights": "a checkpoint of it cannot be resumed",
     "layer_replication": "no test covers it",
@@ -52,20 +52,22 @@ _INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva", *_CHANGES_BASE
 
 
 def check_config(config: PeftConfig, name: str = "peft_config") -> None:
-    """Refuse a kind of adapter that cannot be trained here.
+    """Check the configuration of an adapter for unsupported kinds and options.
 
     Raises:
-        ValueError: names the kind or the option, and the reason.
+        ValueError: for such a kind or option, with the reason.
     """
     if not isinstance(config, PeftConfig):
-        raise ValueError(f"{name} is a {type(config).__name__}. Give one of PEFT, as LoraConfig.")
+        raise ValueError(
+            f"{name} is a {type(config).__name__}. Give a PeftConfig, such as LoraConfig."
+        )
     check_kind(config, name)
     if (kind := PeftType(config.peft_type).value) not in SUPPORTED:
         reason = _REASONS.get(kind, "no test shows that it acts in the layers it replaces")
-        raise ValueError(f"{name} is of kind {kind}: {reason}. Take LoRA, or another kind.")
+        raise ValueError(f"{name} is of kind {kind}: {reason}. Use LoRA, or another kind.")
     refused = [(option, why) for option, why in _REFUSED_OPTIONS.items() if _option(config, option)]
     if _option(config, "init_lora_weights", True) not in _INITIAL_WEIGHTS:
-        why = "it changes the base by random numbers or data that no saved adapter holds"
+        why = "it changes the base by random numbers or data that are not saved"
         refused.append(("init_lora_weights", why))
     for option, why in refused:
         value = _option(config, option)
@@ -73,24 +75,24 @@ def check_config(config: PeftConfig, name: str = "peft_config") -> None:
 
 
 def _option(config: PeftConfig, name: str, default: Any = None) -> Any:
-    """An option of a kind's configuration, which other kinds do not have."""
+    """An option of a configuration, or the default for kinds without the option."""
     value = getattr(config, name, None)
     return default if value is None else value
 
 
 def check(holder: nn.Module, report: Callable[[str], None]) -> None:
-    """Refuse adapters whose training could not be saved, or that do not compute.
+    """Check that adapters are active and that their training can be saved.
 
     Args:
         holder: holder of the adapters, from `adapters.split`.
-        report: gets a line with the weights that this function freezes.
+        report: receives a line with the weights that this function freezes.
 
     Raises:
-        ValueError: names the adapter, the fault and the remedy.
+        ValueError: for an unsupported adapter or state, with the name of the adapter.
     """
     vlm, _ = adapters.split(holder)
     if holder is vlm and (frozen := _freeze_bases(vlm)):
-        report(f"{', '.join(frozen)} stays frozen: an adapter is trained on it")
+        report(f"{', '.join(frozen)} stays frozen, since an adapter is trained on it")
     configs = adapters.configs_of(holder)
     for name, config in configs.items():
         check_config(config, f"adapter {name!r} of the model")
@@ -98,46 +100,47 @@ def check(holder: nn.Module, report: Callable[[str], None]) -> None:
         tying = _option(config, "ensure_weight_tying")
         if tying and holder is vlm:
             raise ValueError(
-                f"adapter {name!r} of the model has ensure_weight_tying, which transformers does "
-                "not keep when it loads one. Load it with PeftModel.from_pretrained."
+                f"adapter {name!r} of the model has ensure_weight_tying, which transformers drops "
+                "when it loads an adapter. Load it with PeftModel.from_pretrained."
             )
         if len(configs) > 1 and (tying or _changes_base(config)):
-            why = "with ensure_weight_tying PEFT ties the weights of the first one only"
+            why = "with ensure_weight_tying, PEFT ties only the weights of the first adapter"
             if _changes_base(config):
                 initial = _option(config, "init_lora_weights")
                 why = f"its init_lora_weights={initial!r} changed the base"
             raise ValueError(
                 f"adapter {name!r} of the model cannot be saved beside others: {why}. "
-                "Keep one adapter, or merge the first before the next is made."
+                "Keep one adapter, or merge the first before you add the next."
             )
     status = get_model_status(holder)
     if unknown := set(status.available_adapters) - set(configs):
         raise ValueError(
-            f"the model holds layers of the adapter(s) {', '.join(sorted(unknown))}, and has no "
-            "configuration of them, so they could not be saved. Merge or delete them first."
+            f"the model holds layers of the adapter(s) {', '.join(sorted(unknown))}, but not their "
+            "configurations, so they cannot be saved. Merge or delete them first."
         )
     if status.merged_adapters:
         raise ValueError(
-            "adapters of the model are merged into its weights, so they would not learn. Call "
+            "adapters of the model are merged into its weights, so they would not be trained. Call "
             "unmerge_adapter() first, or save the merged model (save_pretrained) and load it."
         )
     if status.enabled is not True:
         raise ValueError(
-            "adapters of the model are disabled, in all layers or in some, and a saved adapter is "
+            "adapters of the model are disabled in some or all layers, and a saved adapter is "
             "always enabled. Call enable_adapter_layers() or enable_adapters() first."
         )
     if len(active := adapters.active_adapters(holder)) > 1:
         raise ValueError(
-            f"adapters {', '.join(active)} are active together, and loading activates one. Join "
-            "them (add_weighted_adapter), or merge and save those that should not learn."
+            f"adapters {', '.join(active)} are active together, but loading activates only one. "
+            "Combine them (add_weighted_adapter), or merge and save those that should not be "
+            "trained."
         )
     for name, layer in vlm.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         if isinstance(getattr(layer, "base_layer", None), BaseTunerLayer):
             raise ValueError(
-                f"{name} has an adapter on top of another one. Merge the first before the second "
-                "is put on."
+                f"{name} has an adapter on top of another one. Merge the first before you add the "
+                "second."
             )
         if isinstance(layer, LoraLayer | LycorisLayer | ShiraLayer):
             _check_scaling(name, layer)
@@ -156,17 +159,17 @@ def check(holder: nn.Module, report: Callable[[str], None]) -> None:
 
 
 def _changes_base(config: PeftConfig) -> bool:
-    """Whether LoRA changed its base at initialisation, as PiSSA does."""
+    """Whether LoRA has changed its base at initialisation, as in PiSSA."""
     return _option(config, "init_lora_weights") in _CHANGES_BASE
 
 
 def _check_base(vlm: PreTrainedModel, adapted: Mapping[str, set[int]]) -> None:
-    """Refuse weights other than those of the base that a saved adapter names.
+    """Check that weights are those of the base that a saved adapter will name.
 
-    `merge_and_unload()` leaves no other mark: a new adapter reloaded on the unmerged base was off
-    by 5.9 nats in a tiny model. The first row of each weight is compared with the base's files,
-    except for biases that are saved with an adapter. Both are rounded to bf16, since either may
-    have been.
+    `merge_and_unload()` leaves no other trace. In a tiny model, a new adapter that was reloaded on
+    the unmerged base was off by 5.9 nats. The first row of each weight is compared with the base's
+    files, except for biases that are saved with an adapter. Both are rounded to bf16, since either
+    may have been rounded before.
     """
     owned = set().union(*adapted.values())
     state = {n: v for n, v in adapters.base_state(vlm).items() if v.data_ptr() not in owned}
@@ -176,15 +179,15 @@ def _check_base(vlm: PreTrainedModel, adapted: Mapping[str, set[int]]) -> None:
         if shape != [*weight.shape] or not torch.equal(saved.bfloat16(), row.cpu().bfloat16()):
             raise ValueError(
                 f"weight {name} of the model is not that of {vlm.name_or_path}, which a saved "
-                "adapter would name as its base; merge_and_unload() changes it, for example. Save "
-                "the model and its processor (save_pretrained), and load the base from there."
+                "adapter would name as its base. merge_and_unload() may have changed it. Save the "
+                "model and its processor (save_pretrained), and load the base from there."
             )
 
 
 def _saved_rows(
     vlm: PreTrainedModel, state: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, list[int], torch.Tensor]]:
-    """Name, shape and first row of the weights in a model's files, without network requests."""
+    """Name, shape and first row of weights in a model's files, without network requests."""
     renamings = [r for r in get_model_conversion_mapping(vlm) if isinstance(r, WeightRenaming)]
     for file in _weight_files(vlm):
         with safe_open(file, "pt") as saved:
@@ -198,14 +201,14 @@ def _saved_rows(
 
 
 def _weight_files(vlm: PreTrainedModel) -> list[Path]:
-    """The safetensors files of a model in its folder, or in the hub's cache."""
+    """The safetensors files of a model in its folder, or in the cache of the Hub."""
     name = str(vlm.name_or_path)
     folder = Path(name)
     if not folder.is_dir():
         revision = getattr(vlm.config, "_commit_hash", None)
         try:
             config = try_to_load_from_cache(name, "config.json", revision=revision)
-        except ValueError:  # not a name that the hub could have
+        except ValueError:  # not a valid Hub name
             return []
         if not isinstance(config, str):
             return []
@@ -223,8 +226,8 @@ def _check_head(vlm: PreTrainedModel) -> None:
             head_inputs(head, hidden)
     except ValueError as error:
         raise ValueError(
-            "the adapter on the output layer is neither plain LoRA nor a copy in modules_to_save, "
-            "the only forms that the loss supports there. Leave lm_head out of target_modules."
+            "the adapter on the output layer is neither plain LoRA nor a copy in modules_to_save. "
+            "The loss supports no other kind there. Leave lm_head out of target_modules."
         ) from error
 
 
@@ -238,14 +241,14 @@ def _check_scaling(place: str, layer: LoraLayer | LycorisLayer | ShiraLayer) -> 
             configured = layer.alpha[name] / layer.r[name]
         if abs(scaling - configured) > 1e-6 * abs(configured):
             raise ValueError(
-                f"{place} scales adapter {name!r} by {scaling:g}, not by {configured:g} as its "
-                "configuration does, and no saved adapter holds that. Undo set_scale or "
-                "scale_layer, or merge it."
+                f"{place} scales adapter {name!r} by {scaling:g}, but its configuration gives "
+                f"{configured:g}, and the scale is not saved. Undo set_scale or scale_layer, or "
+                "merge the adapter."
             )
 
 
 def _check_magnitudes(place: str, layer: LoraLayer) -> None:
-    """Refuse DoRA whose factors transformers has loaded without its magnitudes (5.23)."""
+    """Check DoRA magnitudes, which transformers 5.23 does not load."""
     for name, dora in layer.lora_magnitude_vector.items():
         weight = layer.get_base_layer().get_parameter("weight").detach()
         fresh = weight.norm(dim=1 if name in layer.lora_B else 0)
@@ -253,33 +256,33 @@ def _check_magnitudes(place: str, layer: LoraLayer) -> None:
         if not adapters.adds_zero(layer, name) and torch.equal(magnitudes, fresh):
             raise ValueError(
                 f"{place} has a trained DoRA adapter {name!r} with the magnitudes of the base, "
-                "which transformers does not load. Load it with PeftModel.from_pretrained."
+                "since transformers does not load them. Load it with PeftModel.from_pretrained."
             )
 
 
 def _check_learning(holder: nn.Module, saved: Mapping[str, set[int]]) -> None:
-    """Check that trained weights are saved, and that an active adapter has trained weights."""
+    """Check that all trained weights will be saved, and that an active adapter is trained."""
     trained = {n: p.data_ptr() for n, p in holder.named_parameters() if p.requires_grad}
     saved_pointers = set().union(*saved.values())
     if unsaved := [name for name, pointer in trained.items() if pointer not in saved_pointers]:
         raise ValueError(
-            f"{', '.join(unsaved[:3])}{', ...' * (len(unsaved) > 3)} would learn and is part of no "
+            f"{', '.join(unsaved[:3])}{', ...' * (len(unsaved) > 3)} would be trained but is in no "
             "adapter, so it would not be saved. Name it in modules_to_save, or freeze it "
             "(requires_grad_(False))."
         )
     active = adapters.active_adapters(holder)
     if not set().union(*(saved[name] for name in active)) & set(trained.values()):
         raise ValueError(
-            f"no weight of the model learns: of its adapter(s) {', '.join(saved)}, the active one "
-            f"is {', '.join(active) or 'none'}. Load it with is_trainable=True, or choose another "
-            "with set_adapter."
+            f"no weight of the model is trained. Of its adapter(s) {', '.join(saved)}, the active "
+            f"one is {', '.join(active) or 'none'}. Load it with is_trainable=True, or choose "
+            "another one with set_adapter."
         )
 
 
 def _freeze_bases(vlm: PreTrainedModel) -> list[str]:
-    """Freeze the weights that adapters in a model of transformers replace; returns their names.
+    """Freeze weights that adapters in a model of transformers replace. Returns their names.
 
-    Where PEFT saved an embedding beside its adapter, `load_adapter` leaves it trainable.
+    `load_adapter` leaves an embedding trainable if PEFT saved it with its adapter.
     """
     names = {id(p): name for name, p in vlm.named_parameters() if p.requires_grad}
     frozen = []

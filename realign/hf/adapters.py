@@ -1,7 +1,7 @@
 """PEFT adapters in a model: their holder, digest, saving and loading.
 
-Adapters are recognized by their modules in any holder: a PeftModel, or a model of transformers that
-`load_adapter`, `AutoModel` on an adapter's folder or `inject_adapter_in_model` changed.
+Adapters are recognized by their modules in any holder. The holder is a PeftModel, or a model of
+transformers after `load_adapter`, `inject_adapter_in_model`, or `AutoModel` on an adapter's folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _OF_HOLDER = {
 
 
 def split(model: Any) -> tuple[PreTrainedModel, nn.Module | None]:
-    """The model of transformers, and the holder of its adapters: a PeftModel, itself, or None.
+    """Return the model of transformers, and the holder of its adapters.
+
+    The holder is a PeftModel, the model itself, or None.
 
     Raises:
         ValueError: for any other object.
@@ -58,7 +60,7 @@ def configs_of(holder: nn.Module) -> dict[str, PeftConfig]:
 
 
 def active_adapters(holder: nn.Module) -> list[str]:
-    """Names of the adapters that compute, in the order of the configurations."""
+    """Names of the active adapters, in the order of the configurations."""
     vlm, _ = split(holder)
     layers = (module for module in vlm.modules() if isinstance(module, BaseTunerLayer))
     active = {name for layer in layers for name in layer.active_adapters}
@@ -66,10 +68,10 @@ def active_adapters(holder: nn.Module) -> list[str]:
 
 
 def changes_nothing(vlm: nn.Module) -> bool:
-    """Whether a model has the outputs of its base, bit for bit.
+    """Whether the outputs of a model are bitwise equal to those of its base.
 
-    True only for plain LoRA whose product has a zero factor. DoRA rounds, and copies of modules
-    have their own weights.
+    True only for plain LoRA with a zero factor. DoRA rounds, and copied modules have their own
+    weights.
     """
     for module in vlm.modules():
         if isinstance(module, LoraLayer):
@@ -90,14 +92,14 @@ def adds_zero(layer: LoraLayer, name: str) -> bool:
 
 
 def _is_plain(layer: LoraLayer, name: str) -> bool:
-    """Whether an adapter is its product only, without a variant and a bias."""
+    """Whether an adapter is a plain product, without a variant or a bias."""
     if name in layer.lora_variant:
         return False
     return name not in layer.lora_B or layer.lora_B[name].bias is None
 
 
 def base_state(vlm: nn.Module) -> dict[str, Tensor]:
-    """State dict of a model under the names that it has without adapters."""
+    """State dict of a model, with the names of a model without adapters."""
     return get_base_model_state_dict(
         SimpleNamespace(_is_prompt_learning=False, base_model=SimpleNamespace(model=vlm))
     )
@@ -119,16 +121,16 @@ class _Base(nn.Module):
         return base_state(self._vlm)
 
     def named_buffers(self) -> list[tuple[str, Tensor]]:
-        """Buffers outside of PEFT's modules; a state dict may lack them."""
+        """Buffers outside of PEFT's modules, which may be missing from the state dict."""
         inside = tuple(f"{name}." for name, m in self._vlm.named_modules() if _is_of_peft(m))
         return [item for item in self._vlm.named_buffers() if not item[0].startswith(inside)]
 
 
 def model_digest(vlm: nn.Module) -> str:
-    """Digest of everything that decides the output of a model with adapters.
+    """Digest of everything that the output of a model with adapters depends on.
 
-    Besides weights: configurations, and the state of each layer, such as the names of its active
-    and merged adapters and their scaling.
+    It covers weights, configurations, and the state of each layer, such as the scaling and the
+    names of its active and merged adapters.
     """
     about = {name: settings(config) for name, config in configs_of(vlm).items()}
     layers = {name: _plain(vars(m)) for name, m in vlm.named_modules() if _is_of_peft(m)}
@@ -137,12 +139,12 @@ def model_digest(vlm: nn.Module) -> str:
 
 
 def settings(config: PeftConfig) -> dict[str, Any]:
-    """A configuration as JSON values, without the fields that name a place or a use."""
+    """A configuration as JSON values, without fields that do not affect the computation."""
     return _plain({k: v for k, v in config.to_dict().items() if k not in _OF_HOLDER})
 
 
 def _plain(value: Any) -> Any:
-    """The part of a value that JSON can hold, sorted; tensors are in the digest of the weights."""
+    """The part of a value that JSON can hold, sorted. The weights' digest covers the tensors."""
     if isinstance(value, Mapping):
         fields = {str(k): _plain(v) for k, v in value.items() if k != "training"}
         return {k: fields[k] for k in sorted(fields) if fields[k] is not None}
@@ -156,16 +158,16 @@ def _plain(value: Any) -> Any:
 def state_of(
     holder: nn.Module, name: str, state: dict[str, Tensor] | None = None, **options: Any
 ) -> dict[str, Tensor]:
-    """State dict of an adapter, by PEFT, without weights of the base."""
+    """PEFT's state dict of an adapter, without weights of the base."""
     options = {"save_embedding_layers": False} | options
     return get_peft_model_state_dict(holder, state, name, **options)
 
 
 def place_of(holder: nn.Module, folder: str | Path, name: str | None = None) -> Path:
-    """The folder of a saved adapter; of the active one without a name.
+    """The folder of a saved adapter. Without a name, the folder of the active one.
 
-    PEFT writes "default" to the folder and other adapters to folders of their names. For a model of
-    transformers the active adapter goes to the folder, as in transformers.
+    PEFT writes "default" to the folder and other adapters to subfolders with their names. For a
+    model of transformers, the active adapter is written to the folder, as in transformers.
     """
     active = active_adapters(holder)[0]
     name = active if name is None else name
@@ -174,12 +176,12 @@ def place_of(holder: nn.Module, folder: str | Path, name: str | None = None) -> 
 
 
 def save(holder: nn.Module, folder: Path, gathered: Mapping[str, Tensor] | None = None) -> None:
-    """Write all adapters as PEFT does, loadable by PeftModel and AutoModel.
+    """Write all adapters in PEFT's format, for PeftModel and AutoModel.
 
     Args:
-        holder: the adapters' holder, sharded or not.
+        holder: holder of the adapters, sharded or not.
         folder: folder to write.
-        gathered: whole tensors of the model of transformers by name, where it is sharded.
+        gathered: name -> whole tensor of the model of transformers, if it is sharded.
     """
     prefix = "base_model.model." if isinstance(holder, PeftModel) else ""
     state = None
@@ -202,22 +204,22 @@ def save(holder: nn.Module, folder: Path, gathered: Mapping[str, Tensor] | None 
 
 
 def load(holder: nn.Module, folder: Path) -> None:
-    """Load all adapters that `save` wrote into a holder of the same adapters.
+    """Load all adapters that `save` has written into a holder of the same adapters.
 
     Raises:
-        ValueError: when one is missing, or has other settings or weights; names it.
+        ValueError: if an adapter is missing, or has other settings or weights, with its name.
     """
     for name, config in configs_of(holder).items():
         place = place_of(holder, folder, name)
         file = place / SAFETENSORS_WEIGHTS_NAME
         if not file.exists():
             raise ValueError(
-                f"{place} holds no {SAFETENSORS_WEIGHTS_NAME} to resume adapter {name!r} from."
+                f"{place} has no {SAFETENSORS_WEIGHTS_NAME} for resuming adapter {name!r}."
             )
         new, old = settings(config), settings(PeftConfig.from_pretrained(str(place)))
         if changed := sorted(k for k in new | old if new.get(k) != old.get(k)):
             raise ValueError(
-                f"adapter {name!r} has other settings than its checkpoint in {place}: "
+                f"adapter {name!r} and its checkpoint in {place} have different settings: "
                 + "; ".join(f"{k} is {new.get(k)!r:.60}, was {old.get(k)!r:.60}" for k in changed)
                 + ". Resume with the settings of the checkpoint."
             )
@@ -230,7 +232,7 @@ def load(holder: nn.Module, folder: Path) -> None:
             unexpected = set_peft_model_state_dict(holder, weights, name).unexpected_keys
         if missing or unexpected:
             raise ValueError(
-                f"{file} is not of adapter {name!r}: {len(missing)} weights are missing, "
+                f"{file} does not match adapter {name!r}: {len(missing)} weights are missing and "
                 f"{len(unexpected)} are unknown, such as {[*missing, *unexpected][0]}. Resume with "
                 "the model and peft_config of the checkpoint."
             )

@@ -1,7 +1,7 @@
 """Checks of `RDPOTrainer`: arguments, processor, and weights in a dtype that trains.
 
-AdamW on bf16 weights loses most updates: near 1 a step of 1e-5 is 400 times less than the spacing
-of bf16. So trained weights are in fp32, and bf16 is for frozen weights and for computing.
+AdamW on bf16 weights loses most updates: near 1, a step of 1e-5 is 400 times smaller than the
+spacing of bf16. Trained weights are therefore in fp32. bf16 is for frozen weights and computation.
 """
 
 from __future__ import annotations
@@ -28,68 +28,69 @@ _REMEDY = "Load it with dtype=torch.float32, and set bf16=True to compute in bf1
 
 
 def check_arguments(args: Any, arguments: dict[str, Any]) -> None:
-    """Refuse arguments of `RDPOTrainer` that would have no effect, or that it does not support.
+    """Check arguments of `RDPOTrainer` for unsupported ones, and for ones without effect.
 
     Raises:
-        ValueError: names the argument.
+        ValueError: for such an argument, with its name.
     """
     if not isinstance(args, RDPOConfig):
-        raise ValueError(f"args is a {type(args).__name__}; give an RDPOConfig.")
+        raise ValueError(f"args is a {type(args).__name__}. Give an RDPOConfig.")
     if arguments["train_dataset"] is None:
-        raise ValueError("train_dataset is None; give the preference records to train on.")
+        raise ValueError("train_dataset is None. Give the preference records to train on.")
     for name in _REPLACED:
         if arguments.get(name) is not None:
-            raise ValueError(f"{name} would have no effect here; leave it out.")
+            raise ValueError(f"{name} would have no effect here. Leave it out.")
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise ValueError("DeepSpeed is not supported; shard with FSDP2 (fsdp_config, version 2).")
+        raise ValueError("DeepSpeed is not supported. Shard with FSDP2 (fsdp_config, version 2).")
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs are visible and this is one process: start it with `accelerate "
-            "launch`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
+            f"{args.n_gpu} GPUs are visible, but this is one process. Start it with `accelerate "
+            "launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES)."
         )
 
 
 def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) -> Any:
-    """The given processor, or that of the model's folder when it is None.
+    """Check the given processor. None loads the processor of the model's folder.
 
     Raises:
-        ValueError: when it is not a processor of images and text, or is that of another model.
+        ValueError: if it is not a processor of images and text, or belongs to another model.
     """
-    remedy = "give the model's processor, as AutoProcessor.from_pretrained(...) returns it."
+    remedy = "Give the model's processor, as returned by AutoProcessor.from_pretrained(...)."
     if processor is None:
         if not str(path):
-            raise ValueError(f"processing_class is None, and the model has no name; {remedy}")
+            raise ValueError(f"processing_class is None, and the model has no name. {remedy}")
         processor = load_processor(path)
     kind = type(processor).__name__
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if not hasattr(processor, part):
-            raise ValueError(f"processing_class is a {kind}, which has no {part}; {remedy}")
+            raise ValueError(f"processing_class is a {kind}, which has no {part}. {remedy}")
     if not getattr(processor, "chat_template", None):
         raise ValueError(
-            f"processing_class is a {kind} without a chat template, so prompts cannot be rendered; "
-            "set its chat_template."
+            f"processing_class is a {kind} without a chat template, so prompts cannot be rendered. "
+            "Set its chat_template."
         )
     embeddings: Any = vlm.get_input_embeddings()
     tokens, rows = len(processor.tokenizer), len(embeddings.weight)
     image = vlm.config.image_token_id
-    # Gemma 3's processor has the token before an image; its tokenizer that of the features.
+    # In Gemma 3, the processor's token precedes an image, and the tokenizer's is for features.
     ids = {getattr(part, "image_token_id", image) for part in (processor, processor.tokenizer)}
     if tokens > rows or image not in ids:
         raise ValueError(
-            f"processing_class is of another model: {kind} has {tokens} tokens, image token "
-            f"{min(ids)}, and the model ({vlm.config.model_type}) {rows}, {image}; {remedy}"
+            f"processing_class belongs to another model. {kind} has {tokens} tokens and image "
+            f"token {min(ids)}, and the model ({vlm.config.model_type}) has {rows} and {image}. "
+            f"{remedy}"
         )
     return processor
 
 
 def check_full_model(vlm: PreTrainedModel) -> None:
-    """Refuse a model without adapters that has no trained weights, or that could not be saved.
+    """Check that a model without adapters has trained weights and can be saved.
 
     Raises:
-        ValueError: with the remedy.
+        ValueError: if it has no trained weights, or cannot be saved.
     """
     if not any(parameter.requires_grad for parameter in vlm.parameters()):
-        raise ValueError("no weight of the model learns; set requires_grad_(True).")
+        raise ValueError("no weight of the model is trained. Set requires_grad_(True).")
     try:
         with TemporaryDirectory() as folder:
             vlm.generation_config.save_pretrained(folder)
@@ -102,10 +103,10 @@ def check_full_model(vlm: PreTrainedModel) -> None:
 
 
 def agreed(fingerprint: dict[str, str]) -> dict[str, str]:
-    """Check that all processes have one fingerprint, and return it; every process calls it.
+    """Check that all processes have the same fingerprint. Every process calls this function.
 
     Raises:
-        ValueError: when their weights differ, as with random adapters without a seed.
+        ValueError: if their weights differ, as with random adapters without a seed.
     """
     if len(set(gather_object([fingerprint["weights"]]))) > 1:
         raise ValueError(
@@ -116,29 +117,29 @@ def agreed(fingerprint: dict[str, str]) -> dict[str, str]:
 
 
 def check_weights(vlm: PreTrainedModel, *, adapted: bool, autocast: bool) -> None:
-    """Refuse weights of a model without adapters that cannot be trained as asked.
+    """Check that the weights of a model can be trained, without those of adapters.
 
     Args:
-        vlm: the model; adapters in it are not checked.
-        adapted: whether adapters are trained, not its own weights.
+        vlm: the model. Adapters in it are not checked.
+        adapted: whether adapters are trained instead of the model's own weights.
         autocast: whether the forward computes in bf16, for weights of any dtype.
 
     Raises:
-        ValueError: names the dtype and the part of the model, and how to load it.
+        ValueError: for quantized or missing weights, or an unsuitable dtype, with a weight's name.
     """
     if getattr(vlm, "hf_quantizer", None) is not None:
         method = vlm.config.quantization_config
         kind = getattr(method, "quant_method", None) or type(method).__name__
         raise ValueError(
-            f"the model's weights are quantized ({getattr(kind, 'value', kind)}), which no test "
-            "covers. Load it without quantization_config; bf16 weights with adapters take 2 bytes "
-            "a weight."
+            f"the model's weights are quantized ({getattr(kind, 'value', kind)}), which is not "
+            "supported. Load it without quantization_config. With adapters, bf16 weights take 2 "
+            "bytes each."
         )
     for name, value in vlm.named_parameters():
         if value.is_meta:
             raise ValueError(
                 f"weight {name} of the model is on the meta device. Load it with from_pretrained, "
-                "without a device_map that offloads; make adapters without low_cpu_mem_usage."
+                "without a device_map that offloads. Make adapters without low_cpu_mem_usage."
             )
     parts: dict[torch.dtype, str] = {}
     weights = {parameter.data_ptr() for parameter in vlm.parameters()}
@@ -158,18 +159,18 @@ def check_weights(vlm: PreTrainedModel, *, adapted: bool, autocast: bool) -> Non
     if len(parts) > 1 and not autocast:
         dtypes = " and ".join(f"{_name(dtype)} ({name})" for dtype, name in parts.items())
         raise ValueError(
-            f"the model's weights are in {dtypes}, which compute together under bf16=True only. "
-            "Set it, or load the model in one dtype."
+            f"the model's weights are in {dtypes}, which needs bf16=True. Set it, or load the "
+            "model in one dtype."
         )
 
 
 def widen(holder: nn.Module, *, autocast: bool, log: Callable[[str], None]) -> None:
-    """Widen trained weights of adapters to fp32; PEFT does so only for adapters that it makes."""
+    """Widen trained weights of adapters to fp32, as PEFT does for new adapters only."""
     narrow = [p for p in holder.parameters() if p.requires_grad and p.dtype != torch.float32]
     for parameter in narrow:
         parameter.data = parameter.data.float()
     if narrow:
-        log(f"{len(narrow)} weights of adapters are widened to float32, in which they learn")
+        log(f"{len(narrow)} adapter weights are widened to float32 for training")
     dtype = split(holder)[0].dtype
     if not autocast and dtype != torch.float32:
         log(f"computing in {_name(dtype)}, the dtype of the model's weights")

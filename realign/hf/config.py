@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from realign.config import LossConfig
 
-_REFUSED = {  # settings of Trainer that this loss does not read
+_REFUSED = {  # settings of Trainer without effect on this loss
     "label_smoothing_factor": 0.0,
     "neftune_noise_alpha": None,
     "use_liger_kernel": False,
@@ -21,20 +21,20 @@ _PRECISION = ("fp16", "fp16_full_eval", "bf16_full_eval")
 
 @dataclass
 class RDPOConfig(TrainingArguments):
-    """TrainingArguments, and settings of rDPO.
+    """TrainingArguments with the settings of rDPO.
 
     Attributes:
         objective: one of `realign_kernels.objectives.PRESETS`.
-        beta: strength of the tie to the reference model.
+        beta: beta of the objective. A larger beta keeps the model closer to the reference model.
         visual_weight: weight of the visual term, for objectives that have one.
-        max_response_tokens: longest response; a longer one is an error, never cut.
-        row_tokens: most tokens in a row of the forest; 0 takes the best for the attention.
-        reference_cache: folder of reference log-probs; $REALIGN_CACHE/reference, or
-            ~/.cache/realign/reference, when absent.
-        learning_rate: peak, 1e-5 as in the paper.
-        logging_nan_inf_filter: false: it reads two values from the device in each micro-batch, and
-            a loss that is not finite is an error here.
-        use_cpu: true where there is no GPU, so that several processes also work on a CPU.
+        max_response_tokens: most tokens in a response. A longer response is an error.
+        row_tokens: most tokens in a row of the forest. 0 chooses by the attention.
+        reference_cache: folder of reference log-probs. The default is $REALIGN_CACHE/reference, or
+            ~/.cache/realign/reference.
+        learning_rate: peak learning rate. The default is the paper's.
+        logging_nan_inf_filter: off, since it reads two values from the device in each micro-batch.
+            A loss that is not finite is an error here.
+        use_cpu: on without a GPU, so that several processes also work on a CPU.
     """
 
     learning_rate: float = 1e-5
@@ -48,20 +48,20 @@ class RDPOConfig(TrainingArguments):
 
     @property
     def autocast(self) -> bool:
-        """Whether the forward computes in bf16: by bf16=True, or by accelerate's launcher."""
+        """Whether the forward computes in bf16, set by bf16=True or accelerate's launcher."""
         return self.mixed_precision == "bf16"
 
     @property
     def kernels(self) -> str:
-        """Kernels of the layers, for a reference's fingerprint.
+        """Kernels of the layers, for the fingerprint of a reference.
 
-        References named "autocast" were computed without it, by earlier versions.
+        Earlier versions computed references without autocast under the name "autocast".
         """
         return "accelerate's autocast" if self.autocast else "eager"
 
     @property
     def laid_out_late(self) -> bool:
-        """Whether batches are laid out in their forward, since workers or rank 0 collate."""
+        """Whether each forward lays out its own batch, since workers or rank 0 collate."""
         assert isinstance(self.accelerator_config, AcceleratorConfig)
         return bool(self.dataloader_num_workers or self.accelerator_config.dispatch_batches)
 
@@ -69,13 +69,13 @@ class RDPOConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.remove_unused_columns = False  # a batch is indices
-        # From pinned memory accelerate's copies of them need not wait for the device.
+        # accelerate's copies from pinned memory need not wait for the device.
         assert isinstance(self.accelerator_config, AcceleratorConfig)
         self.accelerator_config.non_blocking |= self.dataloader_pin_memory
         self.loss = LossConfig(self.objective, self.beta, self.visual_weight)
         for name, default in _REFUSED.items():
             if getattr(self, name, default) not in (default, None):
-                raise ValueError(f"{name} would have no effect on rDPO's loss here; leave it out.")
+                raise ValueError(f"{name} would have no effect on rDPO's loss here. Leave it out.")
         for name in _PRECISION:  # the last two would cast trained weights
             if getattr(self, name):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Parts of `realign.hf`: the module that Trainer trains, its data, losses to check, references."""
+"""Parts of RDPOTrainer: module and batches, checks of losses, and the saved reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from realign_kernels import leaf_keys
 
 
 class Module(ForestModel):
-    """A ForestModel with the attributes and methods that Trainer needs."""
+    """ForestModel with the attributes and methods that Trainer needs."""
 
     @property
     def config(self) -> Any:
@@ -29,30 +29,30 @@ class Module(ForestModel):
 
 
 def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:
-    """A batch, collated: its example indices, (B,) int64."""
+    """Collate a batch of example indices, (B,) int64."""
     return {"indices": torch.tensor(indices)}
 
 
 def check_finite(losses: Sequence[tuple[torch.Tensor, tuple[str, ...]]]) -> None:
-    """Read losses from the device in one copy.
+    """Check that losses are finite, after reading them from the device in one copy.
 
     Args:
-        losses: each with the names of its records.
+        losses: losses with the names of their records.
 
     Raises:
-        ValueError: when one is not finite; names its records.
+        ValueError: if a loss is not finite, with the names of its records.
     """
     values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
     for value, (_, names) in zip(values, losses, strict=True):
         if not math.isfinite(value):
             raise ValueError(
                 f"the loss of records {', '.join(names)} is {value}. Look at their images and "
-                "texts, or lower the learning rate; checkpoints are kept."
+                "texts, or lower the learning rate. Checkpoints are kept."
             )
 
 
 def reporter(args: TrainingArguments) -> Callable[[str], None]:
-    """A function that prints a line on the first process, unless disable_tqdm is set."""
+    """Return a function that prints a line on the first process, unless disable_tqdm is set."""
     return print if args.process_index == 0 and not args.disable_tqdm else lambda line: None
 
 
@@ -60,10 +60,10 @@ def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
     """Load all weights of a checkpoint into a model without adapters.
 
     Raises:
-        ValueError: when the checkpoint holds an adapter.
+        ValueError: if the checkpoint holds an adapter.
     """
     if adapter_base(folder):
-        raise ValueError(f"{folder} holds an adapter. Resume with the peft_config that it had.")
+        raise ValueError(f"{folder} holds an adapter. Resume with its peft_config.")
     saved = type(vlm).from_pretrained(folder, dtype=vlm.dtype)
     vlm.load_state_dict(saved.state_dict())
 
@@ -71,19 +71,19 @@ def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
 _FILE = "reference.json"
 _COMPARED = 8  # examples of a checkpoint whose references are kept
 _ROUNDING = {"float32": 1e-4, "bfloat16": 0.02}
-"""Mean difference of a token's log-prob up to which two references differ only by rounding."""
+"""Largest mean difference per token between log-probs that differ only by rounding."""
 
 
 class RunReference:
-    """The reference of a run, saved with its checkpoints: a digest, and a few log-probs.
+    """The reference of a run, saved with its checkpoints: a digest and a few log-probs.
 
-    Adapters that begin with random numbers have many digests for one output, so where digests
-    differ log-probs decide.
+    Adapters with random initial weights can have different digests and equal outputs. If the
+    digests differ, the log-probs are compared.
 
     Args:
-        fingerprint: the fingerprint of the references.
+        fingerprint: fingerprint of the reference.
         examples: examples of the run.
-        references: their log-probs, (L, examples).
+        references: reference log-probs of the examples, (L, examples).
     """
 
     def __init__(
@@ -97,21 +97,21 @@ class RunReference:
         self._logps = dict(zip(keys, values, strict=True))
 
     def save(self, folder: Path) -> None:
-        """Write the file that `check` reads."""
+        """Write the reference file into a checkpoint."""
         text = json.dumps(self._about | {"logps": self._logps}, indent=1)
         (folder / _FILE).write_text(text, encoding="utf-8")
 
     def check(self, folder: Path) -> None:
-        """Compare with the reference of a checkpoint.
+        """Compare this reference with that of a checkpoint.
 
         Raises:
-            ValueError: when the reference differs, or the checkpoint has none.
+            ValueError: if the references differ, or the checkpoint has none.
         """
         file = folder / _FILE
         if not file.exists():
             raise ValueError(
-                f"{folder} holds no {_FILE}, so its reference is not known: another trainer wrote "
-                "it, or an earlier version of this one. Resume with that one, or begin a new run."
+                f"{folder} holds no {_FILE}, so its reference is unknown. Another trainer, or an "
+                "earlier version of this one, wrote it. Resume with that one, or begin a new run."
             )
         saved = json.loads(file.read_text(encoding="utf-8"))
         if saved["weights"] == self._about["weights"]:
@@ -119,11 +119,11 @@ class RunReference:
         shared = self._logps.keys() & saved["logps"].keys()
         gap = sum(abs(self._logps[key] - saved["logps"][key]) for key in shared)
         if len(shared) < len(self._logps) or gap / self._tokens > _ROUNDING[self._about["dtype"]]:
-            difference = "its first records are others"
+            difference = "the first records differ"
             if len(shared) == len(self._logps):
-                difference = f"log-probs differ by {gap / self._tokens:.2g} a token"
+                difference = f"log-probs differ by {gap / self._tokens:.2g} per token"
             raise ValueError(
-                f"the reference of the checkpoint {folder} is another model than the one handed "
-                f"over ({difference}). Hand over the same model, with the same adapters: save them "
-                "before the first run and load them for both, or give a peft_config and a seed."
+                f"the reference of the checkpoint {folder} is not the given model ({difference}). "
+                "Give the same model with the same adapters. Save them before the first run and "
+                "load them for both runs, or give a peft_config and a seed."
             )

@@ -1,4 +1,4 @@
-"""Preference records from data sets in the forms that trainers accept."""
+"""Preference records from the forms of data sets that trainers accept."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _GIVE = "Give a datasets.Dataset, a list of rows (dictionaries), or the path of 
 
 
 def records_of(rows: Records) -> list[Record]:
-    """Preference records from any of the forms that `Records` names.
+    """Preference records from one of the forms of `Records`.
 
-    Images of rows are PIL images, bytes, paths, or `{"bytes", "path"}` as `datasets` stores them.
-    Encoded images are not decoded here.
+    Images of rows are PIL images, bytes, paths, or `{"bytes", "path"}` as in `datasets`. Encoded
+    images are not decoded here.
 
     Raises:
-        RecordError: for a row that is not a record, with its id or place.
-        FileNotFoundError: when a path does not exist.
-        ValueError: for an empty data set, a streaming one, several splits, or another type.
+        RecordError: for an invalid row, with its id or number.
+        FileNotFoundError: if a path does not exist.
+        ValueError: for an empty or streaming data set, several splits, or another type.
     """
     if isinstance(rows, str | Path):
         return read_pairs(rows)
@@ -34,7 +34,7 @@ def records_of(rows: Records) -> list[Record]:
             "datasets.Dataset.from_dict of its columns, or a list of rows."
         )
     if hasattr(rows, "with_format") and not hasattr(rows, "__len__"):
-        raise ValueError("a streaming data set has no length; load it without streaming=True.")
+        raise ValueError("a streaming data set has no length. Load it without streaming=True.")
     listed = list(_listed(rows))
     if not listed:
         raise ValueError(f"the data set holds no records. {_GIVE}.")
@@ -51,7 +51,7 @@ def records_of(rows: Records) -> list[Record]:
 
 def _listed(rows: Any) -> Iterator[Any]:
     if hasattr(rows, "with_format") and rows.format["type"] != "custom":
-        # Of `datasets`, without a transform: as it is stored, images not decoded.
+        # A data set of `datasets` without a transform is read as stored, without decoding images.
         return python_rows(rows.with_format("arrow")[:])
     try:
         return iter(rows)

@@ -9,9 +9,9 @@
     trainer.train()
 
 Callbacks, schedulers, checkpoints and accelerate are those of Trainer. Records, forest, loss and
-cached references are those of `realign.train`, so a step costs the same. A batch is indices of
-examples, for samplers, dispatch and resuming, and a micro-batch that a thread lays out during the
-forward before it.
+cached references are those of `realign.train`, so a step costs the same. A batch consists of the
+indices of examples, for samplers, dispatch and resuming. A thread lays out its micro-batch during
+the previous forward.
 """
 
 from __future__ import annotations
@@ -47,24 +47,23 @@ class RDPOTrainer(Trainer):
     """Trains a vision-language model with rDPO or another objective over images.
 
     Args:
-        model: folder or hub name, a model of transformers, or one with PEFT adapters, trained
-            before or not, in a PeftModel or put in by transformers. The reference is the model as
-            it is passed in.
-        args: settings.
-        train_dataset: preference records; TRL's vision columns `prompt` (or implicit), `chosen`,
-            `rejected`, `images`, and `retrieved_images` for objectives with a visual term.
+        model: folder or Hub name, a model of transformers, or a model with PEFT adapters. The
+            adapters may be trained, and are in a PeftModel or in the model of transformers. The
+            reference is the model as it is passed in.
+        args: settings of the run.
+        train_dataset: preference records with TRL's vision columns: `prompt` (or implicit),
+            `chosen`, `rejected` and `images`. Objectives with a visual term also need
+            `retrieved_images`.
         eval_dataset: preference records for `evaluate`, or several sets by name.
-        processing_class: the processor; that of the model's folder when absent.
-        peft_config: a fresh adapter to train, for a model that has none; without adapters all
-            weights but the vision tower's are trained.
+        processing_class: the processor. The default is the processor of the model's folder.
+        peft_config: configuration of a new adapter, for a model without adapters. Without any
+            adapter, all weights except those of the vision tower are trained.
         kwargs: callbacks, optimizers and other arguments of `Trainer`.
 
     Raises:
-        ValueError: for a model whose forests cannot be laid out or that has no trained weights,
-            adapters that could not be trained and saved (`adapter_checks`), weights in fp16,
-            quantized or to be trained in bf16, a missing processor or that of another model,
-            arguments without effect, DeepSpeed, or several GPUs without a launcher.
-        RecordError: for a record that cannot be trained on; names it.
+        ValueError: for an unsupported model, adapter (`adapter_checks`) or dtype, an unsuitable
+            processor, arguments without effect, DeepSpeed, or several GPUs in one process.
+        RecordError: for a record that cannot be trained on, with its name.
     """
 
     args: RDPOConfig
@@ -90,7 +89,8 @@ class RDPOTrainer(Trainer):
         adapted = peft_config is not None or self.adapter is not None
         checks.check_weights(vlm, adapted=adapted, autocast=args.autocast)
         dtype = torch.bfloat16 if args.autocast else vlm.dtype
-        # PEFT decides what trains of given adapters; new ones are added after the tower is frozen.
+        # PEFT decides which weights of given adapters are trained. New adapters are added after
+        # the tower is frozen.
         module = parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
         self._base, self._digest = str(path), ""  # digest of the base, set with the references
         self._about = reference_logps.description(vlm, processor, dtype, args.device, args.kernels)
@@ -103,7 +103,7 @@ class RDPOTrainer(Trainer):
         else:
             checks.check_full_model(vlm)
         records = records_of(train_dataset)
-        # Data sets are ranges of examples: those to train on, then those to evaluate on.
+        # Data sets are ranges of examples: first for training, then for evaluation.
         indices: Any = range(len(records))
         sets: Any = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         eval_indices: dict[str, Any] = {}
@@ -125,8 +125,8 @@ class RDPOTrainer(Trainer):
         self._feed: Feed | None = None  # set with the references
         self._pool: ThreadPoolExecutor | None = None  # lays out batches while a loop runs
         self._losses: list[tuple[torch.Tensor, tuple[str, ...]]] = []  # not read yet
-        # fp64. Of steps since the last log: (1, 1 + metrics), examples and sums. Of an evaluation:
-        # (B, 1 + metrics) for each batch, index and metrics of an example.
+        # In fp64. For steps since the last log: number of examples and sums, (1, 1 + metrics). For
+        # an evaluation: index and metrics of each example of a batch, (B, 1 + metrics).
         self._sums: torch.Tensor | None = None
         self._eval_rows: list[torch.Tensor] | None = None
         super().__init__(
@@ -148,20 +148,20 @@ class RDPOTrainer(Trainer):
         args: RDPOConfig,
         peft_config: PeftConfig | None,
     ) -> PreTrainedModel | PeftModel:
-        """The model as passed in, after a check that `peft_config` can be put on it."""
+        """Load the model, or return the given one, after a check that it can take `peft_config`."""
         if peft_config is not None:
             adapter_checks.check_config(peft_config)
         if not isinstance(model, str | Path):
             if peft_config is not None and adapters.split(model)[1] is not None:
                 raise ValueError(
-                    "the model has adapters already; leave out peft_config to train them, or merge "
+                    "the model already has adapters. Leave out peft_config to train them, or merge "
                     "them first (python -m realign.export) and load the merged folder."
                 )
             return model
         if peft_config is not None and adapter_base(model):
             raise ValueError(
-                f"{model} is an adapter itself. Merge it first (python -m realign.export), or give "
-                "it as a PeftModel with is_trainable=True and leave out peft_config."
+                f"{model} is an adapter. Merge it first (python -m realign.export), or give it as "
+                "a PeftModel with is_trainable=True and leave out peft_config."
             )
         dtype = torch.bfloat16 if args.autocast else torch.float32
         attends, _ = choose("tree", args.device, dtype)
@@ -169,7 +169,7 @@ class RDPOTrainer(Trainer):
         return load_model(model, weights_dtype, attends)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, after the reference log-probs that the cache lacks are computed."""
+        """As `Trainer.train`, after missing reference log-probs are computed."""
         self._fill_references()
         with self._building():
             return super().train(*args, **kwargs)
@@ -182,8 +182,8 @@ class RDPOTrainer(Trainer):
         """
         if not isinstance(eval_dataset, str | range | None):
             raise ValueError(
-                "records to evaluate on are given when the trainer is made (eval_dataset=, or a "
-                "dict of several): their references are computed before the first step."
+                "evaluation records must be passed to the trainer (eval_dataset=, or a dict of "
+                "several sets), since their references are computed before the first step."
             )
         self._fill_references()
         with self._building():
@@ -196,10 +196,13 @@ class RDPOTrainer(Trainer):
         Raises:
             ValueError: always.
         """
-        raise ValueError("predict has no logits to give; evaluate() gives rewards and margins.")
+        raise ValueError(
+            "predict is not supported, since there are no logits. evaluate() gives rewards and "
+            "margins."
+        )
 
     def _fill_references(self) -> None:
-        """Compute or look up the references of all examples, before wrapping and the first step."""
+        """Compute or look up the references of all examples, before the model is wrapped."""
         if self.references is not None:
             return
         args, device = self.args, self.args.device
@@ -213,7 +216,7 @@ class RDPOTrainer(Trainer):
         self._fingerprint = self._about | {"weights": weights}
         directory = args.reference_cache or reference_logps.default_directory()
         longest = max(example.longest_tree for example in self.examples)
-        # Trainer's contexts are empty: accelerate adds autocast to the forward that it prepares.
+        # Trainer's own contexts are empty, since accelerate adds autocast to the prepared forward.
         with self.accelerator.autocast():
             for line in module.check_forest(self.examples[0], self.store, device):
                 self._log_rank0(line)
@@ -237,10 +240,10 @@ class RDPOTrainer(Trainer):
 
     @contextmanager
     def _building(self) -> Iterator[None]:
-        """A thread lays out batches inside; evaluation between steps shares the thread of training.
+        """A context with a thread that lays out batches, also for evaluations between steps.
 
-        There is no thread where rank 0 collates for all ranks (dispatch_batches) or worker
-        processes collate (dataloader_num_workers): there a batch is laid out in its forward.
+        There is no thread if rank 0 (dispatch_batches) or worker processes (dataloader_num_workers)
+        collate. Each forward then lays out its own batch.
         """
         if self._pool is not None or self.args.laid_out_late:
             yield
@@ -252,7 +255,7 @@ class RDPOTrainer(Trainer):
             self._pool = None
 
     def _collate(self, indices: Sequence[int]) -> dict[str, torch.Tensor | Future]:
-        """A batch of example indices; a thread lays out their micro-batch.
+        """Collate example indices. A thread lays out their micro-batch.
 
         accelerate's loader collates a batch before it returns the previous one.
         """
@@ -269,10 +272,10 @@ class RDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean loss of a batch of example indices; `training_step` checks that it is finite.
+        """The mean loss of a batch of example indices. `training_step` checks that it is finite.
 
         Raises:
-            RecordError: when an image cannot be read again.
+            RecordError: if an image cannot be read again.
         """
         if (future := inputs.get("ahead")) is not None:
             part = future.result()
@@ -294,10 +297,10 @@ class RDPOTrainer(Trainer):
         return (loss, {"logps": output.logps}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer.training_step`; reads the losses of all micro-batches before an update.
+        """As `Trainer.training_step`, with a check of all micro-batch losses before an update.
 
         Raises:
-            ValueError: when a loss is not finite; names the records.
+            ValueError: if a loss is not finite, with the names of the records.
         """
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
@@ -306,17 +309,17 @@ class RDPOTrainer(Trainer):
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss only; there are no logits."""
+        """Return the loss only, since there are no logits."""
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.evaluation_loop`; metrics are separate from those of the steps around it."""
+        """As `Trainer.evaluation_loop`, with metrics separate from those of training steps."""
         self._eval_rows = []
         try:
             output = super().evaluation_loop(*args, **kwargs)
             parts.check_finite(self._losses)
-        finally:  # steps after a failed evaluation count as steps
+        finally:  # steps after a failed evaluation are training steps again
             rows, self._eval_rows = self._eval_rows, None
             self._losses = []
         assert rows is not None and output.metrics is not None
@@ -329,7 +332,7 @@ class RDPOTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`, with TRL's `rewards/*` and `logps/*` of the steps since the last."""
+        """As `Trainer.log`, with TRL's `rewards/*` and `logps/*` since the last log."""
         if "loss" in logs and self._sums is not None:
             count, *total = self._gathered(self._sums).sum(0).tolist()
             logs |= {name: value / count for name, value in zip(self._names, total, strict=True)}
@@ -344,12 +347,12 @@ class RDPOTrainer(Trainer):
         return gathered[gathered[:, 0] >= 0].cpu().numpy()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The model or its adapters as transformers and PEFT load them, with the processor."""
+        """Write the model or its adapters for transformers and PEFT, with the processor."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self._output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        gathered = None  # unsharded tensors, on this rank only, where the model is sharded
+        gathered = None  # whole tensors of a sharded model, on this rank only
         if state_dict is not None:
             gathered = {name.removeprefix("vlm."): value for name, value in state_dict.items()}
         if self.adapter is None:
@@ -372,7 +375,7 @@ class RDPOTrainer(Trainer):
         return parts.RunReference(self._fingerprint, self.examples, self.references)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write our card to `output_dir`, for `push_to_hub`, in place of Trainer's."""
+        """Write this project's card to `output_dir` instead of Trainer's, for `push_to_hub`."""
         if self.is_world_process_zero():
             (self._output_dir / "README.md").write_text(self._card(), encoding="utf-8")
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from realign.config import LossConfig
 from realign.data.errors import Malformed, RecordError
@@ -21,6 +20,7 @@ from realign.modeling.chat import ChatTemplate, Prompt, chat_prompt, text_inputs
 from realign.modeling.forest import Example, Leaf, Root
 from realign.modeling.images import ImageStore, bundle_of, processed
 from realign.modeling.layouts import Layout
+from realign.progress import track
 from realign_kernels import Objective, objectives
 
 
@@ -94,7 +94,7 @@ def encode_records(
     """
     encoder = _Encoder(processor, layout, max_response_tokens, max_tokens)
     examples = []
-    for record in tqdm(records, desc="checking records", unit="record", disable=not progress):
+    for record in track(records, "checking records", "records", quiet=not progress):
         try:
             examples.append(encoder.encode(record, objective))
         except RecordError as error:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from realign import distributed
 from realign.files import write_whole
 from realign.modeling.images import Features, Images, ImageStore
 from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import ahead, pinned
+from realign.progress import Progress
 from realign_kernels import refcache
 
 _FILE_BYTES = 256 << 20
@@ -169,14 +169,12 @@ def fill(
     calls = -(-len(absent) // (ranks * batch_images))
     pending: dict[str, Features] = {}
     size = 0
-    bar = tqdm(
-        total=len(absent), desc="image features", unit="image", disable=not (progress and absent)
-    )
+    bar = Progress("image features", "images", len(absent), quiet=not (progress and absent))
     starts = [(call * ranks + rank) * batch_images for call in range(calls)]
     local = [absent[start : start + batch_images] for start in starts]
     # Collectives need every rank: a rank without images repeats an image of another rank.
     tasks = (partial(load, names or absent[:1]) for names in local)
-    with ahead(tasks, device) as loaded:
+    with bar, ahead(tasks, device) as loaded:
         for call, (names, inputs) in enumerate(zip(local, loaded, strict=True)):
             with torch.no_grad():
                 computed = model.image_features(inputs.to(device, model.dtype))
@@ -187,7 +185,6 @@ def fill(
                 cache.add(pending)
                 pending, size = {}, 0
             bar.update(min(ranks * batch_images, len(absent) - call * ranks * batch_images))
-    bar.close()
     distributed.barrier()
     cache.refresh()
     if missing := cache.missing(images):

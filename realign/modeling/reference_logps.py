@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from realign.distributed import log_rank0, world_size
@@ -24,6 +23,7 @@ from realign.modeling.forest import Example, Leaf, build_batch
 from realign.modeling.loading import adapters_off
 from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import pinned
+from realign.progress import Progress
 from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
 
 _LAYOUT = "forest-4"
@@ -176,20 +176,17 @@ def fill(
     )
     distinct = len(set(leaves.keys[absent].tolist()))
     leaves_of_rank, tokens = -(-distinct // world_size()), 0
-    bar = tqdm(
-        total=leaves_of_rank,
-        desc="reference log-probs",
-        unit="leaf",
-        unit_scale=True,
-        disable=not progress or leaves_of_rank == 0,
-    )
+    quiet = not progress or leaves_of_rank == 0
+    bar = Progress("reference log-probs", "leaves", leaves_of_rank, quiet=quiet)
 
     def on_batch(leaves: int, computed: int) -> None:
         nonlocal tokens
         tokens += computed
-        rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
-        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        bar.update(leaves)
+        # Ranks take unequal parts of the leaves.
+        bar.update(
+            min(leaves, leaves_of_rank - bar.done),
+            f"{tokens / max(bar.seconds, 1e-9):7,.0f} tokens/s",
+        )
 
     with bar, nullcontext() if adapters else adapters_off(model):
         cache.fill(

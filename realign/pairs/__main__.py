@@ -14,14 +14,60 @@ import sys
 from collections.abc import Sequence
 
 from realign.cli import one_line_errors, parse_sections
-from realign.pairs import gallery, stats
-from realign.pairs.config import PairsConfig
+from realign.modeling.loading import DTYPES
+from realign.pairs import gallery, negatives, stats
+from realign.pairs.config import REFILLS, PairsConfig
 from realign.pairs.io import importers
 from realign.pairs.pipeline import STAGES, build_pairs, run_stages
+from realign.pairs.retrieval.index import KINDS
 from realign.third_party import silence_third_party
 
 _LAST = STAGES[1:]  # stages that a command may name; every run starts with `read`
 _COMMANDS = {"import": importers.main, "gallery": gallery.main, "stats": stats.main}
+_SUMMARIES = {
+    "import": "Convert existing preference pairs",
+    "gallery": "Write an HTML file that shows preference pairs",
+    "stats": "Print statistics of preference pairs",
+}
+_HEADINGS = {
+    "output": "Input and output",
+    "model": "Models",
+    "scenes": "Input and output",
+    "answer": "Models",
+    "k": "Visual negatives",
+    "masker": "Masking",
+    "refill": "Refill of masked words",
+    "tau": "Filters",
+    "concurrency": "Endpoints",
+    "negative": "Visual negatives",
+    "work": "Run",
+}
+_METAVARS = {
+    "output": "FILE",
+    "data": "PATH",
+    "image_folder": "FOLDER",
+    "embed_model": "MODEL",
+    "dtype": tuple(DTYPES),
+    "answer": "ENGINE",
+    "index": KINDS,
+    "ceiling": "COSINE",
+    "floor": "COSINE",
+    "hash_distance": "BITS",
+    "mask": "KINDS",
+    "share": "FRACTION",
+    "refill": REFILLS,
+    "temperature": "T",
+    "tau": "SIMILARITY",
+    "similarity": "MEASURE",
+    "judge": "ENGINE",
+    "requests_per_minute": "N",
+    "price_in": "PRICE",
+    "price_out": "PRICE",
+    "negative": negatives.KINDS,
+    "work": "FOLDER",
+    "max_bad": "FRACTION",
+    "ray": "ADDRESS",
+}
 
 
 @one_line_errors
@@ -41,10 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse_sections(
             {"pairs": PairsConfig},
             prog="python -m realign.pairs",
+            usage="%(prog)s [STAGE] [--config FILE] [options]",
             description="Make preference pairs from images with true responses. Without --data, "
             "the records are scenes of the shipped handwritten digits. To stop after a stage, "
-            f"give its name before the flags: {', '.join(_LAST)}. The commands "
-            f"{', '.join(_COMMANDS)} process finished pairs and have their own --help.",
+            f"give its name before the options: {', '.join(_LAST)}. The commands below process "
+            "finished pairs and have their own --help.",
+            commands=_SUMMARIES,
+            example="python -m realign.pairs --data records.parquet --output pairs.parquet",
+            headings=_HEADINGS,
+            metavars=_METAVARS,
             arguments=words,
         )["pairs"]
         if last is None:

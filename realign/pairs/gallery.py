@@ -7,7 +7,6 @@ Content-Security-Policy allows only the page's own script and style.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import html
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from realign.cli import one_line_errors
+from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import Entry, entry_of
 from realign.data.errors import Malformed
 from realign.data.images import ImageError, StoredImage
@@ -216,27 +215,30 @@ def _finite(value: Any) -> float | None:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and writes the gallery. Returns an exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m realign.pairs gallery",
         description="Write one HTML file that shows preference pairs and needs no network.",
+        example="python -m realign.pairs gallery pairs.parquet --output gallery.html",
     )
     parser.add_argument(
-        "pairs", metavar="PAIRS.parquet", help="Parquet file of pairs, or a folder of such files"
+        "pairs", metavar="PAIRS.parquet", help="Parquet file of pairs, or a folder of such files."
     )
     parser.add_argument(
-        "--output", default="gallery.html", help="HTML file to write (default: %(default)s)"
+        "--output", default="gallery.html", metavar="FILE", help="HTML file to write."
     )
     parser.add_argument(
         "--most",
         type=int,
         default=500,
-        help="maximum number of pairs to show, sampled evenly; 0 shows all (default: %(default)s)",
+        metavar="N",
+        help="Maximum number of pairs to show, sampled evenly. 0 shows all.",
     )
     parser.add_argument(
         "--side",
         type=int,
         default=320,
-        help="longer side of a thumbnail in pixels (default: %(default)s)",
+        metavar="PIXELS",
+        help="Longer side of a thumbnail.",
     )
     args = parser.parse_args(arguments)
     check_file("--output", args.output)

@@ -6,7 +6,6 @@ invalid records by reason. The gallery shows the same statistics above its pairs
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from realign.cli import one_line_errors
+from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import entry_of
 from realign.data.errors import Malformed
 from realign.data.images import StoredImage
@@ -224,16 +223,19 @@ def _short(value: float) -> str:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and prints the statistics. Returns an exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m realign.pairs stats",
         description="Print statistics of preference pairs, and why records were left out.",
+        example="python -m realign.pairs stats pairs.parquet",
     )
     parser.add_argument(
-        "pairs", metavar="PAIRS.parquet", help="Parquet file of pairs, or a folder of such files"
+        "pairs", metavar="PAIRS.parquet", help="Parquet file of pairs, or a folder of such files."
     )
     parser.add_argument(
         "--work",
-        help="work folder of the run, for its dropped and invalid records (default: PAIRS.work)",
+        metavar="FOLDER",
+        help="Work folder of the run, with its dropped and invalid records. Without it, the folder "
+        "PAIRS.work beside PAIRS.parquet.",
     )
     args = parser.parse_args(arguments)
     print(collect(args.pairs, work=args.work))

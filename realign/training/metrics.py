@@ -64,13 +64,20 @@ def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tens
     return {"loss": output.loss.detach().double()} | added
 
 
+def legend(entry: dict[str, Any]) -> str:
+    """The line above the lines of the steps, which explains their columns."""
+    sides = "of the text side, then of the visual side" if "rewards/visual_margins" in entry else ""
+    pairs = f"margin and acc: reward margin and accuracy {sides}".rstrip()
+    return f"{pairs}; grad: gradient norm; GiB: peak memory"
+
+
 def step_line(entry: dict[str, Any], total: int) -> str:
-    """One line about a step, its columns under those of the line before, 120 characters at most.
+    """One line about a step, in aligned columns and at most 130 characters.
 
     `margin` and `acc` are of the text side, then of the visual side where there is one.
     """
     width = len(str(total))
-    parts = [f"{entry['step']:{width}}/{total}", f"loss {entry['loss']:6.3f}"]
+    parts = [f"step {entry['step']:{width}}/{total}", f"loss {entry['loss']:6.3f}"]
     for title, name, form in (("margin", "margins", "+7.3f"), ("acc", "accuracies", ".2f")):
         sides = [entry.get(f"rewards/{side}{name}") for side in ("", "visual_")]
         shown = " ".join(f"{value:{form}}" for value in sides if value is not None)
@@ -78,5 +85,5 @@ def step_line(entry: dict[str, Any], total: int) -> str:
     parts += [f"grad {entry['grad_norm']:.1e}", f"lr {entry['learning_rate']:.1e}"]
     parts += [f"{entry['tokens_per_second']:7,.0f} tok/s"]
     parts += [f"mfu {entry['mfu']:3.0%}"] if "mfu" in entry else []
-    parts += [f"{entry['peak_memory_gib']:.1f}G"]
+    parts += [f"{entry['peak_memory_gib']:4.1f} GiB"]
     return "  ".join(parts)

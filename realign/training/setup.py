@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +178,7 @@ def set_up(
             run began.
     """
     settings, rank = config.model, distributed.rank()
-    progress = not config.run.quiet and rank == 0 and sys.stderr.isatty()
+    progress = not config.run.quiet and rank == 0
     local = rank_slice(config.optim.batch_size, rank, distributed.world_size())
     meta = rank > 0  # weights come from rank 0
     inputs = training_inputs(config, pairs, attention, meta=meta, progress=progress)
@@ -262,8 +261,10 @@ def restore(run: Run) -> None:
         distributed.log_rank0(
             f"there is no checkpoint in {config.run.output} yet; starting at the first step"
         )
+    trained = sum(p.numel() for p in run.trained)
     distributed.log_rank0(
-        f"{inputs.objective.name}: {len(inputs.examples)} records, {len(inputs.store)} distinct "
-        f"images, {sum(p.numel() for p in run.trained):,} trained parameters, {run.total} steps of "
-        f"{config.optim.batch_size} on {distributed.world_size()} rank(s), in {config.model.dtype}"
+        f"{inputs.objective.name}: {len(inputs.examples):,} records, {len(inputs.store):,} "
+        f"distinct images, {trained:,} trained parameters, {run.total:,} steps of "
+        f"{config.optim.batch_size} records on {distributed.world_size()} rank(s), in "
+        f"{config.model.dtype}"
     )

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from realign.config import RunConfig, TrainConfig
 from realign.distributed import rank
 from realign.files import JsonlLog, write_whole
-from realign.training.metrics import step_line
+from realign.progress import Progress, clock
+from realign.training.metrics import legend, step_line
 
 _RUN_ID = "wandb-id.txt"
 
@@ -81,19 +82,24 @@ class Console(Tracker):
     """Prints every `every`-th step on stdout, with a progress bar below on a terminal."""
 
     def __init__(self, name: str, *, total: int, done: int, every: int) -> None:
-        self._total, self._every = total, every
-        # disable=None: no bar, and no carriage returns, if stderr is not a terminal
-        self._bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=None)
+        self._total, self._every, self._first = total, every, done
+        # No bar, hence no carriage return, if stderr is not a terminal.
+        quiet = not sys.stderr.isatty()
+        self._progress = Progress(name, "steps", total, done=done, quiet=quiet, summary=False)
 
     def write(self, entry: dict[str, Any]) -> None:
         step = entry["step"]
+        self._progress.update()
+        if self._progress.done == self._first + 1:
+            tqdm.write(legend(entry))
         if step % self._every == 0 or step == self._total:
-            tqdm.write(step_line(entry, self._total))
+            each = self._progress.seconds / (self._progress.done - self._first)
+            left = clock(each * (self._total - self._progress.done))
+            tqdm.write(f"{step_line(entry, self._total)}  {left} left")
             sys.stdout.flush()
-        self._bar.update()
 
     def __exit__(self, *_) -> None:
-        self._bar.close()
+        self._progress.close()
 
 
 class TensorBoardLog(Tracker):

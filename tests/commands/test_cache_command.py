@@ -1,4 +1,4 @@
-"""`python -m realign.cache`: its commands, its mistakes, what ranks say, and the page about it."""
+"""`python -m realign.cache`: commands, errors, several ranks, and the examples of its page."""
 
 import errno
 import os
@@ -56,11 +56,11 @@ def test_the_commands(pairs_file, tmp_path, capsys):
     shutil.copy(log, foreign / "0.log")
     code, shown = run("verify")
     assert code == 1 and "belongs to the table with fingerprint" in shown.out
-    assert "its description is lost" in shown.out and f"{total:,} log-probs" in shown.out
+    assert "no description" in shown.out and f"{total:,} log-probs" in shown.out
 
 
 def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
-    """Without the extension the commands count databases, and leave a damaged one."""
+    """Without the extension, the commands count databases and leave a damaged one unchanged."""
     monkeypatch.setattr(store, "extension", lambda: None)
     monkeypatch.setattr(cache, "missing_reason", lambda: "not built")
     place = ["--reference-cache", str(tmp_path)]
@@ -79,7 +79,7 @@ def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fill"], "pairs is missing: pass the file"),
+        (["fill"], "pairs is missing. Pass the training file"),
         (
             ["fill", "--pairs", "x", "--dtype", "fp8"],
             "dtype is 'fp8'; it must be one of auto, fp32, bf16",
@@ -88,8 +88,8 @@ def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
         (["fill", "--pairs", "x", "--batch-rows", "0"], "batch_rows is 0; it must be 1 or more"),
         (["fill", "--pairs", "nowhere.parquet"], "there is nothing at"),
         (["fill", "--pairs", "x", "--nproc-per-node", "-1"], "nproc_per_node is -1; it must be 0"),
-        (["verify", "--reference-cache", "nowhere"], "there is no folder nowhere; check --ref"),
-        (["full"], "unknown command 'full': fill, stats, verify, compact"),
+        (["verify", "--reference-cache", "nowhere"], "there is no folder nowhere. Check --ref"),
+        (["full"], "unknown command 'full'. The commands are fill, stats, verify, compact"),
     ],
 )
 def test_mistakes_of_the_commands(words, message, capsys):
@@ -111,7 +111,7 @@ def test_a_rank_speaks_for_itself_once_ranks_part(monkeypatch, capsys):
     assert shown.startswith("error (rank 1): ") and "No space left on device" in shown
     assert distributed.report(RuntimeError("[gloo/x.cc:1] Connection closed by peer"))
     assert capsys.readouterr().err == (
-        "error: another rank has ended; see its own message, if any\n"
+        "error: another rank has ended. See its own message, if there is one.\n"
     )
     assert not distributed.report(RuntimeError("a fault of ours"))
 
@@ -130,9 +130,9 @@ def fails_alone(*words):
 def test_what_one_rank_alone_runs_into_is_told_by_it(pairs_file, tmp_path):
     words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "cache"]
     words = [*map(str, words), "--batch-rows", "4"]
-    said = run_ranks(fails_alone, 2, tmp_path / "log", *words)
-    assert "error (rank 1): record 'scene-1': its image is not what it was." in said
-    assert "error: another rank has ended" in said and "error (rank 0)" not in said
+    printed = run_ranks(fails_alone, 2, tmp_path / "log", *words)
+    assert "error (rank 1): record 'scene-1': its image is not what it was." in printed
+    assert "error: another rank has ended" in printed and "error (rank 0)" not in printed
 
 
 def test_a_cache_folder_that_is_none(pairs_file, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_a_cache_folder_that_is_none(pairs_file, tmp_path, capsys):
     assert shown.startswith("error: ") and str(tmp_path / "file") in shown
 
 
-def test_the_page_about_it_runs_as_it_stands(pairs_file, tmp_path, monkeypatch, capsys):
+def test_the_examples_of_the_page_run(pairs_file, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs" / "reference-cache.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict = {}

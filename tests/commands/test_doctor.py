@@ -1,4 +1,4 @@
-"""`python -m realign.doctor`: a full installation, a bare one, one with a broken extension."""
+"""`python -m realign.doctor` on full, bare and broken installations."""
 
 import importlib
 import importlib.metadata
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Decisions of this process are made anew in a test, and forgotten after it."""
+    """Clear the cached decisions of this process before and after a test."""
 
     def forget():
         _extension.extension.cache_clear()
@@ -67,7 +67,7 @@ def printed(capsys, code):
 
 def test_a_full_installation(capsys):
     out = printed(capsys, 0)
-    assert out.endswith("everything that is needed works\n") and "BAD" not in out
+    assert out.endswith("all required parts work\n") and "BAD" not in out
     for section in ("machine", "packages", "kernels", "folders"):
         assert f"\n{section}\n" in f"\n{out}"
     lines = [line.split() for line in out.splitlines()]
@@ -75,7 +75,7 @@ def test_a_full_installation(capsys):
         name = re.match(r"[\w-]+", requirement)[0]
         if "extra" not in requirement:
             assert ["ok", name, importlib.metadata.version(name)] in lines
-    assert "rdpo_loss, torch" in out and "from the specification in fp64" in out
+    assert "rdpo_loss, torch" in out and "against the reference in fp64" in out
     assert max(map(len, out.splitlines())) < 160
 
 
@@ -101,7 +101,7 @@ def test_packages_that_are_missing_too_old_or_broken(capsys, monkeypatch, instal
 
 
 def test_a_checkout_without_extension(capsys, monkeypatch, fresh):
-    """It runs on torch, and the report names the command for more."""
+    """The kernels run on torch, and the report names the command to build the extension."""
 
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)
@@ -142,14 +142,14 @@ def test_findings_before_a_crash_are_printed(capsys, monkeypatch, installed):
     _extension.missing_reason() is not None, reason=f"no extension: {_extension.missing_reason()}"
 )
 def test_an_extension_that_ends_python(tmp_path):
-    """Loading a file cut in half ends Python with a signal; the doctor runs without it."""
+    """Loading a truncated file ends Python with a signal. The doctor then runs without the file."""
     (tmp_path / "realign").symlink_to(ROOT / "realign")
     shutil.copytree(ROOT / "realign_kernels", tmp_path / "realign_kernels")
     (file,) = (tmp_path / "realign_kernels").glob("_C*.so")
     os.truncate(file, file.stat().st_size // 2)
-    alone = "from realign import doctor; doctor.EXTRAS = (); raise SystemExit(doctor.main([]))"
+    program = "from realign import doctor; doctor.EXTRAS = (); raise SystemExit(doctor.main([]))"
     done = subprocess.run(
-        [sys.executable, "-c", alone],  # not the packages, which take 15 s to import
+        [sys.executable, "-c", program],  # without the packages, which take 15 s to import
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip

@@ -31,7 +31,7 @@ def adapter(pairs_file, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("dtype", "close"), [("fp32", 1e-6), ("bf16", 2**-8), (None, 2**-8)]
-)  # the digits base is kept in bf16
+)  # the digits base is stored in bf16
 def test_a_merged_folder_is_the_adapter_under_peft(adapter, tmp_path, dtype, close, capsys):
     metrics, folder = tmp_path / "metrics.json", tmp_path / "merged"
     metrics.write_text(json.dumps(RATES))
@@ -45,7 +45,7 @@ def test_a_merged_folder_is_the_adapter_under_peft(adapter, tmp_path, dtype, clo
     truth = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
     for name, value in kept.state_dict().items():
         assert torch.allclose(value.float(), truth[name], rtol=close, atol=1e-6), name
-    # An adapter that changes nothing would pass as well.
+    # Without this, an adapter without effect would pass.
     assert max(float((truth[n] - plain[n]).abs().max()) for n in plain) > 1e-2
 
     card = ModelCard.load(folder / "README.md")
@@ -58,7 +58,7 @@ def test_a_merged_folder_is_the_adapter_under_peft(adapter, tmp_path, dtype, clo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merged_run_keeps_the_dtype_of_its_base(adapter, pairs_file, tmp_path, dtype):
-    """Whatever it computes in; and it is what the adapter of the same run is exported as."""
+    """The compute dtype has no effect, and exporting the run's adapter gives the same model."""
     base, run = tmp_path / "base", tmp_path / "run"
     load_model(ASSETS, dtype).save_pretrained(base)
     load_processor(ASSETS).save_pretrained(base)
@@ -96,7 +96,7 @@ FIGURES = [
     ),
     (
         {"exact": HALLUSION | {"easy": float("nan")}},
-        """HallusionBench, by rules in place of the leaderboard's judge:
+        """HallusionBench, scored by rules instead of the leaderboard's judge:
 
 | rule | question pair | figure | easy | hard | all questions |
 | --- | --- | --- | --- | --- | --- |
@@ -112,18 +112,18 @@ def test_figures_of_photographs_as_a_card_shows_them(tmp_path, scores, shown):
     assert export.evaluation_of(file) == shown
 
 
-def test_the_folder_that_one_is_in_is_not_replaced(adapter, tmp_path, monkeypatch, capsys):
+def test_the_current_folder_is_not_replaced(adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for output in (".", "", str(tmp_path)):
         assert export.main(["--model", str(adapter), "--output", output]) == 1
-        told = capsys.readouterr().err
-        assert told.startswith(f"error: --output is {output!r}, the current folder")
-        assert "./merged" in told
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"error: --output is {output!r}, the current folder")
+        assert "./merged" in printed
     assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(".*partial"))
 
 
 def test_the_adapter_of_another_trainer_loses_its_card(adapter, tmp_path, capsys):
-    """PEFT writes a card of its own, which goes on speaking of an adapter."""
+    """PEFT's own card describes an adapter, so it is not kept."""
     model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(ASSETS), adapter)
     model.save_pretrained(tmp_path / "foreign")
     words = ["--model", str(tmp_path / "foreign"), "--output", str(tmp_path / "merged")]
@@ -136,7 +136,7 @@ def test_the_adapter_of_another_trainer_loses_its_card(adapter, tmp_path, capsys
     assert "has no model card of this project" in capsys.readouterr().err
 
 
-def test_what_cannot_be_exported_is_told_and_nothing_written(adapter, tmp_path, capsys):
+def test_invalid_exports_are_reported_and_write_nothing(adapter, tmp_path, capsys):
     def refused(*words):
         assert export.main(words) == 1
         return capsys.readouterr().err
@@ -147,11 +147,11 @@ def test_what_cannot_be_exported_is_told_and_nothing_written(adapter, tmp_path, 
     to = ("--model", str(adapter), "--output", str(target))
     assert "dtype is 'fp8'" in refused(*to, "--dtype", "fp8")
     bad = tmp_path / "bad.json"
-    assert "realign.evaluate --output writes it" in refused(*to, "--metrics", str(bad))
+    assert "Run realign.evaluate with --output" in refused(*to, "--metrics", str(bad))
     for text in ('{"f1": 0.5}', "{}", "[1]", '{"scores": {}}', '{"scores": {"word": {"f1": 1}}}'):
         bad.write_text(text)
-        told = refused(*to, "--metrics", str(bad))
-        assert "holds no figures" in told and "or pope.json, chair.json" in told
+        printed = refused(*to, "--metrics", str(bad))
+        assert "holds no figures" in printed and "or pope.json, chair.json" in printed
     good = tmp_path / "good.json"
     good.write_text(json.dumps(RATES))
     no_card = ("--model", str(ASSETS), "--output", str(target), "--metrics", str(good))

@@ -38,8 +38,8 @@ def test_demo_writes_its_table_and_image_once(tmp_path, capfd, monkeypatch):
         rate = rates["hallucination_rate"]
         assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
         assert rate["value"] * 80 == np.round(rate["value"] * 80)  # 20 scenes of four digits
-    with Image.open(folder / "report.png") as picture:
-        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
+    with Image.open(folder / "report.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 100
     curves = [(folder / "seed0" / name / "metrics.jsonl") for name in ("dpo", "rdpo")]
     before = [curve.read_bytes() for curve in curves]
     for name in ("dpo", "rdpo"):

@@ -51,7 +51,7 @@ def test_train_and_test_share_no_handwritten_digit():
         for split in ("train", "test")
     }
     assert shown["train"] <= train and shown["test"] <= test
-    assert len(shown["train"]) > 700 and len(shown["test"]) > 300  # not a few of them over and over
+    assert len(shown["train"]) > 700 and len(shown["test"]) > 300  # not a few repeated digits
 
 
 def test_train_and_test_patches_of_a_photograph_share_no_pixel(monkeypatch):
@@ -185,7 +185,7 @@ def test_the_processor_survives_saving(tmp_path, scenes):
         expected = expected or out
         assert out["input_ids"].tolist() == expected["input_ids"].tolist()
         assert torch.equal(out["pixel_values"], expected["pixel_values"])
-    # The picture has the model's size, so pixels are only scaled to [-1, 1].
+    # The image has the model's size, so pixels are only scaled to [-1, 1].
     pixels = torch.tensor(np.asarray(scenes[0].image)).permute(2, 0, 1) / 255 * 2 - 1
     assert torch.allclose(expected["pixel_values"][0], pixels, atol=1e-6)
 
@@ -224,7 +224,7 @@ def test_the_shipped_checkpoint(scenes):
         written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     named = [digits_in(caption) for caption in captions]
-    assert all(None not in digits for digits in named)  # it speaks the language of captions
+    assert all(None not in digits for digits in named)  # captions have the right form
     assert (
         np.mean(np.array(named) == [scene.digits for scene in scenes[:20]]) > 0.8
     )  # biased training digits; chance is 0.1

@@ -1,4 +1,4 @@
-"""`python -m realign.evaluate pope|chair|hallusionbench|compare` on made pictures."""
+"""`python -m realign.evaluate pope|chair|hallusionbench|compare` on generated images."""
 
 import json
 
@@ -18,7 +18,7 @@ QUESTIONS = 12
 
 
 class Counting(Engine):
-    """Says yes to odd questions; counts what it is asked."""
+    """Answers yes to odd questions, and records the questions."""
 
     name = "counting"
 
@@ -39,7 +39,7 @@ class Counting(Engine):
 
 @pytest.fixture
 def questions(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for i, scene in enumerate(make_scenes(QUESTIONS, biased=False, split="test", seed=5)):
         scene.image.save(folder / f"{i}.png")
@@ -51,16 +51,16 @@ def questions(tmp_path):
 def _ask(engine, questions, folder, **settings):
     options = {"model": "m", "max_tokens": 4} | settings
     output = folder / "out" / "answers.jsonl"
-    sheet = answering.prepare(questions, folder / "pictures", output, **options)
+    sheet = answering.prepare(questions, folder / "images", output, **options)
     return answering.answer(engine, sheet, batch=2, progress=False)
 
 
-def test_answers_go_on_where_a_run_stopped(questions, tmp_path):
+def test_a_stopped_run_resumes(questions, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         _ask(Counting(fail_after=3), questions, tmp_path)
     file = tmp_path / "out" / "answers.jsonl"
-    torn = file.read_text() + '{"id": "6", "ques'  # as of a machine that went down
-    file.write_text(torn)
+    truncated = file.read_text() + '{"id": "6", "ques'  # as after a crash
+    file.write_text(truncated)
     rest = Counting()
     lines = _ask(rest, questions, tmp_path)
     assert rest.asked == [f"{i} ?" for i in range(6, QUESTIONS)]
@@ -83,7 +83,7 @@ def test_an_answer_with_unusual_line_ends_is_one_line(questions, tmp_path):
 
 def test_answers_of_two_models_are_not_mixed(questions, tmp_path):
     _ask(Counting(), questions, tmp_path)
-    with pytest.raises(ValueError, match="holds answers for another model; name another --output"):
+    with pytest.raises(ValueError, match="holds answers for another model. Name another --output"):
         _ask(Counting(), questions, tmp_path, model="other")
     with pytest.raises(ValueError, match="holds answers for another suffix"):
         _ask(Counting(), questions, tmp_path, suffix="!")
@@ -92,7 +92,7 @@ def test_answers_of_two_models_are_not_mixed(questions, tmp_path):
         _ask(Counting(), changed, tmp_path)
 
 
-def test_pictures_that_are_not_there_are_named(questions, tmp_path):
+def test_missing_images_are_named(questions, tmp_path):
     gone = [answering.Question("a", "1 ?", "../secret.png")]
     with pytest.raises(ValueError, match="the image of question 'a': outside the folder"):
         _ask(Counting(), gone, tmp_path)
@@ -114,7 +114,7 @@ def _pope_files(tmp_path, questions):
 def test_pope_from_its_files_to_a_comparison(questions, tmp_path, capsys):
     """With the digits model: every figure is named by its rule, and the answers are kept."""
     files = _pope_files(tmp_path, questions)
-    options = ["--model", str(ASSETS), "--image-folder", str(tmp_path / "pictures"), "--quiet"]
+    options = ["--model", str(ASSETS), "--image-folder", str(tmp_path / "images"), "--quiet"]
     for name in ("a", "b"):
         output = ["--output", str(tmp_path / name)]
         assert evaluate.main(["pope", *files, *options, *output, "--suffix", ""]) == 0
@@ -130,45 +130,45 @@ def test_pope_from_its_files_to_a_comparison(questions, tmp_path, capsys):
     answers = answering.read_answers(tmp_path / "a")
     assert len(answers) == 2 * QUESTIONS
     assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    told = capsys.readouterr().out
-    assert told.count("0 gained, 0 lost of 12; McNemar p = 1") == 6  # two files, three rules
-    assert "random\n  pope" in told and "popular\n  pope" in told
-    for name, right in (("a", "1"), ("b", "0")):  # other benchmarks beside them
+    printed = capsys.readouterr().out
+    assert printed.count("0 gained, 0 lost of 12; McNemar p = 1") == 6  # two files, three rules
+    assert "random\n  pope" in printed and "popular\n  pope" in printed
+    for name, right in (("a", "1"), ("b", "0")):  # files of other benchmarks
         head = (tmp_path / name / "random.jsonl").read_text().splitlines()[0]
         line = {"id": "0", "question": "?", "image": None, "answer": "yes", "gt_answer": right}
         for file, fields in (("hallusionbench", line), ("chair", {"id": "0", "answer": "A dog."})):
             text = f"{head}\n{json.dumps(fields)}\n"
             (tmp_path / name / f"{file}.jsonl").write_text(text)
     assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    told = capsys.readouterr().out
-    assert "hallusionbench\n  pope" in told and told.count(" of 12; ") == 6
-    assert "chair" not in told
+    printed = capsys.readouterr().out
+    assert "hallusionbench\n  pope" in printed and printed.count(" of 12; ") == 6
+    assert "chair" not in printed
     for name in ("random", "popular", "hallusionbench"):
         (tmp_path / "a" / f"{name}.jsonl").unlink()
     assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
-    assert "has no labels; `compare` needs yes/no answers" in capsys.readouterr().err
+    assert "has no labels. `compare` needs yes/no answers" in capsys.readouterr().err
 
 
-def _answered(file, said, question="Is there a dog?"):
+def _answered(file, answers, question="Is there a dog?"):
     """A file of answers to questions whose answer is yes."""
     lines = [{"asked": {}}] + [
         {"id": str(i), "question": question, "image": f"{i}.png", "label": "yes", "answer": answer}
-        for i, answer in enumerate(said)
+        for i, answer in enumerate(answers)
     ]
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(file)
 
 
-def test_two_files_are_compared_whatever_their_names(tmp_path, capsys):
+def test_two_files_of_any_names_are_compared(tmp_path, capsys):
     before = _answered(tmp_path / "before.jsonl", ["yes", "no", "no", "yes"])
     after = _answered(tmp_path / "after.v2.jsonl", ["yes", "yes", "yes", "no"])
     assert evaluate.main(["compare", before, after]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "before -> after.v2"
-    assert told[2].startswith("  exact  50.00 % -> 75.00 %: +25.00 points")
-    assert "2 gained, 1 lost of 4" in told[2]
-    # In folders a name says which benchmark it is.
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "before -> after.v2"
+    assert printed[2].startswith("  exact  50.00 % -> 75.00 %: +25.00 points")
+    assert "2 gained, 1 lost of 4" in printed[2]
+    # In folders, the file name identifies the benchmark.
     (tmp_path / "b").mkdir()
     (tmp_path / "after.v2.jsonl").rename(tmp_path / "b" / "after.v2.jsonl")
     _answered(tmp_path / "a" / "before.jsonl", ["yes"] * 4)
@@ -191,7 +191,7 @@ def test_chair_from_coco_files(questions, tmp_path, capsys):
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": []}))
     flags = ["--instances", str(tmp_path / "instances.json"), "--most", "5", "--quiet"]
     flags += ["--reference", str(tmp_path / "captions.json"), "--prompt", "name the digits ."]
-    flags += ["--model", str(ASSETS), "--image-folder", str(tmp_path / "pictures")]
+    flags += ["--model", str(ASSETS), "--image-folder", str(tmp_path / "images")]
     flags += ["--max-tokens", "16", "--output", str(tmp_path / "out")]
     assert evaluate.main(["chair", *flags]) == 0
     assert "objects by Re-Align's own list of synonyms" in capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_hallusionbench_from_its_file(questions, tmp_path, capsys):
         for i in range(QUESTIONS)
     ]
     (tmp_path / "hb.json").write_text(json.dumps(rows))
-    flags = ["--model", str(ASSETS), "--image-folder", str(tmp_path / "pictures"), "--quiet"]
+    flags = ["--model", str(ASSETS), "--image-folder", str(tmp_path / "images"), "--quiet"]
     flags += ["--suffix", "", "--output", str(tmp_path / "out")]
     assert evaluate.main(["hallusionbench", str(tmp_path / "hb.json"), *flags]) == 0
     assert "question pair" in capsys.readouterr().out
@@ -226,9 +226,9 @@ def test_a_model_is_handed_off_merged(pairs_file, tmp_path, capsys):
     train(parse(arguments(pairs_file, output, steps=2)))
     words = ["handoff", "--model", str(output / "model"), "--output", str(merged)]
     assert evaluate.main(words) == 0
-    told = capsys.readouterr().out
-    assert f"lmms_eval --model llava_hf --model_args pretrained={merged} --tasks pope" in told
-    assert "no class for llava is known" in told
+    printed = capsys.readouterr().out
+    assert f"lmms_eval --model llava_hf --model_args pretrained={merged} --tasks pope" in printed
+    assert "no class for llava is known" in printed
     model = AutoModelForImageTextToText.from_pretrained(merged)
     assert not any("lora" in name for name in model.state_dict())
     assert evaluate.main(words) == 1
@@ -238,7 +238,7 @@ def test_a_model_is_handed_off_merged(pairs_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["cider"], "unknown command 'cider'; there are pope, chair"),
+        (["cider"], "unknown command 'cider'. The commands are pope, chair"),
         (["compare", "a", "a"], "No such file"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Rates, their intervals, the table and the command, against values worked out by hand."""
+"""Rates, intervals, table and command of the digits evaluation, against values worked by hand."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from realign.evaluate.digits import (
 
 
 def test_f1_by_hand():
-    # Per scene the yes-question, then the no-question, each as [right, said yes].
+    # For each scene, the yes-question, then the no-question, each as [right, answered yes].
     hit, miss = [True, True], [False, False]
     quiet, false_yes = [True, False], [False, True]
     other = [False, False]  # neither yes nor no
@@ -53,7 +53,7 @@ def test_interval_counts_scenes_not_digits():
     rng = np.random.default_rng(1)
     scenes = rng.random((500, 1)) < 0.3
     once, four = _rate(scenes, np.mean), _rate(np.repeat(scenes, 4, axis=1), np.mean)
-    assert once == four  # four digits that err together are no more evidence than one
+    assert once == four  # four digits with equal errors are one observation
     apart = _rate(rng.random((500, 4)) < 0.3, np.mean)
     assert (apart.high - apart.low) == pytest.approx((four.high - four.low) / 2, rel=0.15)
 
@@ -77,7 +77,7 @@ def test_table_is_aligned():
 def test_rates_of_known_outputs(monkeypatch):
     asked = []
 
-    def spoken(model, processor, scenes, prompts, *args, **options):
+    def generated(model, processor, scenes, prompts, *args, **options):
         asked.append(prompts)
         if prompts[0] != CAPTION_PROMPT:
             return ["yes"] * len(scenes)
@@ -85,7 +85,7 @@ def test_rates_of_known_outputs(monkeypatch):
         texts = [caption_of(d) for d in wrong] + [s.caption for s in scenes[5:]]
         return [*texts[:-1], "a blur ."]  # the last scene names nothing
 
-    monkeypatch.setattr(module, "generate", spoken)
+    monkeypatch.setattr(module, "generate", generated)
     rates = evaluate(EvaluateConfig(scenes=20, quiet=True))
     assert {name: rate.value for name, rate in rates.items()} == {
         "hallucination_rate": (5 + 4) / 80,
@@ -110,7 +110,7 @@ def test_an_answer_that_is_neither_counts_as_wrong(monkeypatch):
 def test_generation_does_not_depend_on_the_batch(vlm, processor, scenes):
     prompts = [CAPTION_PROMPT, "is top left two ?", "name"] * 3  # of different lengths
 
-    def written(batch_size):
+    def responses(batch_size):
         return generate(
             vlm,
             processor,
@@ -122,7 +122,7 @@ def test_generation_does_not_depend_on_the_batch(vlm, processor, scenes):
             progress=False,
         )
 
-    assert written(4) == written(1)
+    assert responses(4) == responses(1)
     assert caption(vlm, processor, scenes[:3], 2) == caption(vlm, processor, scenes[:3], 3)
 
 

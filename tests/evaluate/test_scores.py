@@ -1,4 +1,4 @@
-"""Scores against examples worked by hand, and against scipy."""
+"""Benchmark scores against examples worked by hand, and against scipy."""
 
 import json
 
@@ -8,7 +8,7 @@ from scipy import stats
 
 from realign.evaluate import chair, hallusionbench, paired, yesno
 
-ANSWERS = {  # answer -> what each rule reads: pope, exact, word
+ANSWERS = {  # answer -> verdict of each rule: pope, exact, word
     "Yes": ("yes", "yes", "yes"),
     "yes.": ("yes", None, "yes"),
     "No": ("no", "no", "no"),
@@ -21,7 +21,7 @@ ANSWERS = {  # answer -> what each rule reads: pope, exact, word
     "Yes and no": ("no", None, None),
     "I see a notebook; nothing else": ("yes", None, None),
     "": ("yes", None, None),
-    # Markdown and other marks: `word` keeps * : ' and takes the rest of its marks as told there.
+    # Markdown and other marks: `word` keeps * : and the apostrophe, and removes other marks.
     "**Yes**": ("yes", None, None),
     "**No**": ("yes", None, None),
     "*No*": ("yes", None, None),
@@ -31,26 +31,26 @@ ANSWERS = {  # answer -> what each rule reads: pope, exact, word
     "(yes)": ("yes", None, "yes"),
     "`No`": ("yes", None, "no"),
     "<b>no</b>": ("yes", None, "no"),
-    "Yes,there is": ("yes", None, "yes"),  # a comma without a space parts words,
-    "Yes,one, no doubt": ("no", None, "no"),  # unless one has a space, and then it is "yesone"
-    "Yes,of 1,000": ("yes", None, None),  # or a number has one
+    "Yes,there is": ("yes", None, "yes"),  # a comma without a space separates words,
+    "Yes,one, no doubt": ("no", None, "no"),  # unless another has a space: "yesone"
+    "Yes,of 1,000": ("yes", None, None),  # or a number has a comma
     "No.It is not": ("no", None, None),  # "noit"
     "No.\nIt is not": ("no", None, "no"),
     "no.5": ("no", None, None),
     "a. " * 31 + "no.": ("yes", None, "no"),
     "a. " * 32 + "no.": ("yes", None, None),  # the 33rd period stays
-    "1.5 " * 32 + "no.": ("yes", None, "no"),  # those of numbers stay, uncounted
+    "1.5 " * 32 + "no.": ("yes", None, "no"),  # periods in numbers are kept and not counted
 }
 
 
 @pytest.mark.parametrize("place, rule", [(0, "pope"), (1, "exact"), (2, "word")])
-def test_what_each_rule_reads(place, rule):
+def test_the_verdict_of_each_rule(place, rule):
     read = {answer: yesno.RULES[rule](answer) for answer in ANSWERS}
     assert read == {answer: expected[place] for answer, expected in ANSWERS.items()}
 
 
 def test_pope_by_hand():
-    """Six questions; yes is right for the first three."""
+    """Six questions, of which the first three have the answer yes."""
     answers = ["Yes", "No", "There isn't a cat.", "No", "Yes, there is.", "It is unclear."]
     labels = ["yes", "yes", "yes", "no", "no", "No"]
     # pope reads yes no yes | no yes yes: 2 hits of 4 yes, 1 missed, 3 right
@@ -80,7 +80,7 @@ def test_bad_yes_no_input_is_named():
         yesno.score([], [], "pope")
 
 
-def test_no_yes_at_all_divides_by_nothing():
+def test_answers_without_yes():
     found = yesno.score(["no", "no"], ["yes", "no"], "pope")
     assert (found.precision, found.recall, found.f1, found.accuracy) == (0, 0, 0, 0.5)
 
@@ -101,13 +101,13 @@ def words():
         ("hot dogs and wine glasses", ["hot dog", "wine glass"]),
         ("a baby elephant beside a baby", ["elephant", "person"]),
         ("A passenger train; a toilet seat; a teddy bear", ["train", "toilet", "teddy bear"]),
-        ("A toilet with the seat up.", ["toilet"]),  # wherever the seat stands
+        ("A toilet with the seat up.", ["toilet"]),  # the seat does not count
         ("Seats behind a chair; the toilets", ["chair", "toilet"]),
-        ("A urinal, and a seat", ["toilet", "chair"]),  # the word, not the object
+        ("A urinal, and a seat", ["toilet", "chair"]),  # the word "toilet" matters, not the object
         ("Train tracks and a train track past a train", ["train"]),
         ("A batter at home plate", ["person"]),
-        ("A baby, cats. A hot, dog", ["person", "cat", "dog"]),  # no pair goes over a mark
-        ("A man-made lake at five o'clock, cats/dogs", []),  # words with such marks are others
+        ("A baby, cats. A hot, dog", ["person", "cat", "dog"]),  # a mark separates words
+        ("A man-made lake at five o'clock, cats/dogs", []),  # these are single words
         ("An adult bird, a passenger jet, a bow tie", ["bird", "airplane", "tie"]),
         ("Knives, skis, scissors, buses, mice", ["knife", "skis", "scissors", "bus", "mouse"]),
         ("A person's remote controls", ["person", "remote"]),
@@ -142,10 +142,13 @@ def _coco(folder):
         {"image_id": 8, "category_id": 2},
         {"image_id": 9, "category_id": 1},
     ]
-    said = [{"image_id": 7, "caption": "A puppy beside a man."}, {"image_id": 8, "caption": "Wood"}]
+    captions = [
+        {"image_id": 7, "caption": "A puppy beside a man."},
+        {"image_id": 8, "caption": "Wood"},
+    ]
     for name, content in (
         ("instances", {"images": images, "categories": categories, "annotations": marks}),
-        ("captions", {"annotations": said}),
+        ("captions", {"annotations": captions}),
     ):
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder / "instances.json", folder / "captions.json"
@@ -153,7 +156,7 @@ def _coco(folder):
 
 def test_chair_by_hand(tmp_path, words):
     captions = {
-        7: "A dog and a woman with a frisbee.",  # dog, person are there, the frisbee is not
+        7: "A dog and a woman with a frisbee.",  # the frisbee is not in the image
         8: "A table with two cats, and a cat under the table.",  # 2 of 4 mentions are false
     }
     shown = chair.shown_objects(*_coco(tmp_path), words, captions)
@@ -165,21 +168,21 @@ def test_chair_by_hand(tmp_path, words):
     assert (clean.chair_s, clean.chair_i, clean.recall) == (0, 0, 1 / 3)
 
 
-def test_the_seat_of_a_toilet_is_no_chair_that_is_not_there(words):
+def test_the_seat_of_a_toilet_is_not_a_hallucinated_chair(words):
     found = chair.score({7: "A toilet with the seat up."}, {7: {"toilet"}}, words)
     assert (found.mentions, found.chair_s, found.chair_i, found.recall) == (1, 0, 0, 1)
 
 
 def test_bad_annotations_are_named(tmp_path, words):
     files = _coco(tmp_path)
-    with pytest.raises(ValueError, match="has no image 12, of which there is a caption"):
+    with pytest.raises(ValueError, match="has no image 12, but there is a caption of it"):
         chair.shown_objects(*files, words, [7, 12])
     few = tmp_path / "synonyms.txt"
     few.write_text("dog, puppy\n")
     with pytest.raises(ValueError, match="the list of synonyms has no object 'dining table'"):
         chair.shown_objects(*files, chair.Vocabulary(few), [7])
     few.write_text("dog, puppy\nseal, puppy\n")
-    with pytest.raises(ValueError, match="'puppy' stands for 'dog' and 'seal'"):
+    with pytest.raises(ValueError, match="'puppy' is a synonym of 'dog' and 'seal'"):
         chair.Vocabulary(few)
     with pytest.raises(ValueError, match="there are no captions"):
         chair.score({}, {}, words)
@@ -196,11 +199,11 @@ def _question(category, set_id, figure, question, answer):
 def test_hallusionbench_by_hand():
     rows = [
         _question("VD", "0", "0", "0", "1"),  # right
-        _question("VD", "0", "1", "0", "0"),  # wrong: its pair and its figure fall
+        _question("VD", "0", "1", "0", "0"),  # wrong, as are its pair and its figure.
         _question("VD", "0", "0", "1", "1"),  # right
-        _question("VD", "0", "1", "1", "0"),  # right: a whole pair
-        _question("VS", "0", "0", "0", "1"),  # wrong; it has no figure
-        _question("VS", "0", "1", "0", "1"),  # right: a figure
+        _question("VD", "0", "1", "1", "0"),  # right, and completes a pair.
+        _question("VS", "0", "0", "0", "1"),  # wrong, and without a figure
+        _question("VS", "0", "1", "0", "1"),  # right, and completes a figure
     ]
     answers = ["Yes.", "Yes.", "Yes", "No", "no", "yes"]
     right = hallusionbench.correct(answers, rows, "word")
@@ -224,7 +227,7 @@ def test_mcnemar_is_scipys_binomial_test():
     found = paired.compare(first, second)
     gained, lost = (second > first).sum(), (first > second).sum()
     assert (found.gained, found.lost) == (gained, lost)
-    # two-sided binomial test by its sum: both tails are equal at p = 1/2
+    # The two tails of the binomial test are equal at p = 1/2.
     tail = stats.binom.cdf(min(gained, lost), gained + lost, 0.5)
     assert found.p == pytest.approx(min(1, 2 * tail), rel=1e-9)
     assert found.difference == pytest.approx(second.mean() - first.mean())
@@ -242,21 +245,21 @@ def test_the_interval_is_that_of_scipy():
 
 
 def test_questions_of_one_image_are_drawn_together():
-    """Ten equal answers to each of 40 images are worth 40 answers, not 400."""
+    """Ten equal answers for each of 40 images count as 40 answers, not 400."""
     rng = np.random.default_rng(2)
     first, second = rng.random(40) < 0.5, rng.random(40) < 0.6
-    alone = paired.compare(first, second)
+    single = paired.compare(first, second)
     images = np.repeat(np.arange(40), 10)
     often = paired.compare(np.repeat(first, 10), np.repeat(second, 10), clusters=images)
-    assert often.high - often.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    assert often.high - often.low == pytest.approx(single.high - single.low, rel=0.1)
     naive = paired.compare(np.repeat(first, 10), np.repeat(second, 10))
-    assert naive.high - naive.low < 0.5 * (alone.high - alone.low)
+    assert naive.high - naive.low < 0.5 * (single.high - single.low)
 
 
 def test_equal_models_and_bad_input():
     same = paired.compare(np.array([True, False]), np.array([True, False]))
     assert (same.p, same.difference, same.low, same.high) == (1.0, 0, 0, 0)
-    with pytest.raises(ValueError, match="give one of each model to every question"):
+    with pytest.raises(ValueError, match="Give one answer of each model to every question"):
         paired.compare(np.array([True]), np.array([True, False]))
-    with pytest.raises(ValueError, match="give one of each model"):
+    with pytest.raises(ValueError, match="Give one answer of each model"):
         paired.compare(np.array([]), np.array([]))

@@ -1,4 +1,4 @@
-"""RDPOTrainer on an adapter of a kind, loaded in a way: first loss, saving, resuming."""
+"""RDPOTrainer on adapters of all kinds and ways of loading: first loss, saving, resuming."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SEVERAL = "one of several"
 OF_TRANSFORMERS = ("model.load_adapter", "AutoModel on the adapter's folder")
 
 _HEAD = "output layer is neither plain LoRA"
-_SHARED = "uses shared state"  # of PEFT
-_BIAS = "only 1 adapter with bias"  # of PEFT
+_SHARED = "uses shared state"  # error of PEFT
+_BIAS = "only 1 adapter with bias"  # error of PEFT
 _DORA = "magnitudes of the base, which transformers does not load"
 _TIED = "ensure_weight_tying"
 REFUSED = {
@@ -35,7 +35,7 @@ REFUSED = {
     "LoKr, lm_head": _HEAD,
     "OFT, lm_head": _HEAD,
 }
-"""Kinds that no way of loading makes trainable, with a part of the error."""
+"""Kinds that cannot be trained in any way of loading -> part of the error."""
 
 _REFUSED_AS_SEVERAL = {
     "LoRA, PiSSA": "changed the base",
@@ -60,11 +60,11 @@ _REFUSED_OF_TRANSFORMERS = {
 
 
 def refusal(kind: str, way: str, family: str) -> str | None:
-    """A part of the error where a kind cannot be trained as loaded in a way; None where it can."""
+    """Part of the error if a kind cannot be trained after this way of loading, or None."""
     if kind in REFUSED:
         return REFUSED[kind]
     if way == SEVERAL and kind == "Trainable tokens" and family in ("gemma3", "smolvlm"):
-        return "an adapter on top of another one"  # of PEFT, on the tied head
+        return "an adapter on top of another one"  # PEFT's error for the tied head
     return {SEVERAL: _REFUSED_AS_SEVERAL}.get(
         way, _REFUSED_OF_TRANSFORMERS if way in OF_TRANSFORMERS else {}
     ).get(kind)
@@ -72,7 +72,7 @@ def refusal(kind: str, way: str, family: str) -> str | None:
 
 @dataclass(frozen=True)
 class Bench:
-    """A tiny model on disk, with all that its cells share."""
+    """A tiny model on disk, and everything that its cells share."""
 
     base: Path
     model: PreTrainedModel
@@ -82,22 +82,22 @@ class Bench:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one training shows; nats, and 0 is right for all but `moved`."""
+    """Results of a training, in nats. All should be 0, except `moved`."""
 
     loss: float
-    """Of the first step, less 2 ln 2."""
+    """Loss of the first step minus 2 ln 2."""
     reward: float
     """Largest mean margin of the first step."""
     moved: float
-    """Largest change of a log-prob by training, by a plain forward."""
+    """Largest change of a log-prob by training, in a plain forward."""
     reloaded: float
-    """Largest difference of a log-prob, trained model to PeftModel.from_pretrained."""
+    """Largest difference of log-probs between the trained and the reloaded model."""
 
 
 def handed_over(
     bench: Bench, kind: str, way: str, folder: Path
 ) -> tuple[nn.Module, PeftConfig | None]:
-    """model and peft_config of a trainer; in `folder` there is the adapter that is loaded."""
+    """model and peft_config of a trainer. A loaded adapter is first written to `folder`."""
     with adapter_kinds.quiet():
         if way == FRESH:
             return copy.deepcopy(bench.model), adapter_kinds.config_of(kind)
@@ -114,7 +114,7 @@ def handed_over(
 
 
 def trainer_of(bench: Bench, kind: str, way: str, folder: Path, **settings) -> RDPOTrainer:
-    """A trainer of one step, which keeps all that it writes in a folder."""
+    """A trainer of one step, with all its files in one folder."""
     model, peft_config = handed_over(bench, kind, way, folder / "adapter")
     options = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
     with adapter_kinds.quiet():
@@ -128,7 +128,7 @@ def trained_cell(bench: Bench, kind: str, way: str, folder: Path) -> Cell:
     """Train one step, save, and reload by PEFT on a fresh base.
 
     Raises:
-        ValueError: where the kind cannot be loaded in this way, or is refused.
+        ValueError: if the kind cannot be loaded in this way, or is not supported.
     """
     trainer = trainer_of(bench, kind, way, folder)
     inputs = adapter_kinds.inputs_of(bench.processor)

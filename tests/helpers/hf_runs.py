@@ -1,4 +1,4 @@
-"""Short runs of RDPOTrainer on the digits, in this process or as one of several."""
+"""Short runs of RDPOTrainer on the digits, in one or several processes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": r".*language_model.*\.(q_pro
 
 
 def config(folder, **settings) -> RDPOConfig:
-    """Settings of a short run that keeps all it writes in a folder."""
+    """Settings of a short run with all its files in one folder."""
     options = {
         "per_device_train_batch_size": BATCH,
         "max_steps": STEPS,
@@ -38,12 +38,12 @@ def config(folder, **settings) -> RDPOConfig:
 
 
 def history(trainer, name="loss") -> list[float]:
-    """One logged value of every step."""
+    """A logged value of all steps."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def shard_on_cpu() -> None:
-    """accelerate shards on accelerators only; let it shard on CPU processes."""
+    """Let accelerate shard on CPU processes, though it supports only accelerators."""
     state = accelerate.state.AcceleratorState
     begin = state.__init__
 
@@ -57,16 +57,16 @@ def shard_on_cpu() -> None:
 
 
 class InOrder(RDPOTrainer):
-    """Two processes draw another random order than one."""
+    """Fix the order of records, which is drawn differently in two processes."""
 
     def _get_train_sampler(self, *_):
         return list(range(len(self.train_dataset)))
 
 
 def launched(folder: str, data: str, batch: int, fsdp: bool = False) -> RDPOTrainer:
-    """A run with LoRA on a data set, `batch` records a step on each process.
+    """Train LoRA on a data set, with `batch` records per step in each process.
 
-    Five records to evaluate on do not divide among processes and batches.
+    The five evaluation records cannot be divided evenly among processes and batches.
     """
     rows = datasets.load_dataset("parquet", data_files=data, split="train", cache_dir=folder)
     settings = {"per_device_train_batch_size": batch, "max_steps": 3, "learning_rate": 1e-4}
@@ -87,7 +87,7 @@ def launched(folder: str, data: str, batch: int, fsdp: bool = False) -> RDPOTrai
 
 
 def launched_rank(folder: str, data: str, fsdp: bool) -> None:
-    """`launched` as one of two ranks; its last lines are what docs/trainers.md advises."""
+    """`launched` as one of two ranks. It ends as docs/trainers.md recommends."""
     trainer = launched(folder, data, batch=4, fsdp=fsdp)
     trainer.save_model()
     metrics = trainer.evaluate()
@@ -99,6 +99,6 @@ def launched_rank(folder: str, data: str, fsdp: bool) -> None:
 
 
 def run_script(file: str, *words: str) -> None:
-    """`python file words`, as one of the ranks."""
+    """Run `python file words` as one of the ranks."""
     sys.argv, sys.path[:0] = [file, *words], [str(Path(file).parent)]
     runpy.run_path(file, run_name="__main__")

@@ -29,7 +29,7 @@ OPTIM = OptimConfig(learning_rate=5e-5, batch_size=BATCH, steps=STEPS)
 
 
 class InOurOrder(RDPOTrainer):
-    """With the batches and the learning rates of `realign.train`."""
+    """A trainer with the batches and learning rates of `realign.train`."""
 
     def _get_train_sampler(self, *_):
         steps = batches(len(self.train_dataset), BATCH, SEED, first=0, last=STEPS)
@@ -65,7 +65,7 @@ def test_the_trainer_takes_our_steps(ours, pairs_file, tmp_path):
 
 
 def test_a_plain_loop_takes_our_steps(ours, pairs_file):
-    """The example's own functions, in the batches of `realign.train`."""
+    """The curve of the plain-loop example, with the batches of `realign.train`."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         import sequences
@@ -96,7 +96,7 @@ def test_a_plain_loop_takes_our_steps(ours, pairs_file):
 
 @pytest.fixture(scope="module")
 def rows(pairs_file):
-    """A data set as TRL's users have it: decoded images, messages, one column more."""
+    """A data set in TRL's form: decoded images, messages and an extra column."""
     loaded = datasets.load_dataset("parquet", data_files=str(pairs_file), split="train")
     kept = ["prompt", "chosen", "rejected", "images", "retrieved_images"]
     return loaded.select_columns(kept)
@@ -139,7 +139,9 @@ def test_adapters_are_trained_logged_saved_and_evaluated(rows, tmp_path):
     assert changed and all("lora_" in name for name in changed)
     named = {"rewards/chosen", "rewards/accuracies", "rewards/visual_margins", "logps/rejected"}
     assert named <= seen[0].keys()
-    assert seen[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # policy and reference agree
+    assert seen[0]["rewards/margins"] == pytest.approx(
+        0, abs=1e-4
+    )  # policy and reference are equal
     found = trainer.evaluate()
     assert found["eval_loss"] < 2 * 0.6932
     assert 0 <= found["eval_rewards/accuracies"] <= 1

@@ -1,4 +1,4 @@
-"""What RDPOTrainer takes for the reference of a model with adapters, and what it refuses."""
+"""Reference of a model with adapters under RDPOTrainer, and models that it rejects."""
 
 import math
 
@@ -16,7 +16,7 @@ from realign.hf import RDPOTrainer
 from realign.hf.records import records_of
 from realign.modeling.loading import load_model
 
-EQUAL = 2 * math.log(2)  # the loss of rdpo where policy and reference agree
+EQUAL = 2 * math.log(2)  # the loss of rdpo if policy and reference are equal
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def records(pairs_file):
 
 @pytest.fixture
 def adapted():
-    """A model with an adapter that was trained before."""
+    """A model with a trained adapter."""
     torch.manual_seed(0)
     model = get_peft_model(load_model(ASSETS), LoraConfig(**LORA))
     for name, value in model.named_parameters():
@@ -46,10 +46,10 @@ def test_an_adapter_that_was_trained_belongs_to_the_reference(adapted, records, 
     for found in (base, trainer):
         assert history(found)[0] == pytest.approx(EQUAL, abs=1e-4)
         assert history(found, "rewards/margins")[0] == pytest.approx(0, abs=1e-4)
-    # It is another reference than the base, kept apart; log-probs under it are others.
+    # The reference differs from the base, so its log-probs are cached separately.
     assert len({path.name for path in (tmp_path / "cache").iterdir()} - shared) == 1
     difference = (trainer.references - base.references).abs().mean()
-    assert difference > 0.1  # nats; a rounding error is 1e-5
+    assert difference > 0.1  # nats; rounding errors are 1e-5
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(ASSETS), str(tmp_path / "saved")
@@ -61,7 +61,7 @@ def test_an_adapter_that_was_trained_belongs_to_the_reference(adapted, records, 
 
 def test_adapters_that_begin_as_the_base_share_its_references(records, tmp_path):
     fresh = get_peft_model(load_model(ASSETS), LoraConfig(**LORA))
-    dora = LoraConfig(**LORA, use_dora=True)  # rounds; in bf16 it is not its base
+    dora = LoraConfig(**LORA, use_dora=True)  # rounds, so in bf16 it differs from its base
     for model, peft, folders in [(fresh, None, 1), (str(ASSETS), None, 1), (str(ASSETS), dora, 2)]:
         trainer = RDPOTrainer(model, config(tmp_path, max_steps=1), records, peft_config=peft)
         trainer.train()
@@ -73,10 +73,10 @@ def test_what_of_adapters_cannot_be_trained_is_refused(adapted, records, tmp_pat
     folder = tmp_path / "adapter"
     adapted.save_pretrained(folder)
     settings = config(tmp_path)
-    with pytest.raises(ValueError, match="is an adapter itself.*Merge it first"):
+    with pytest.raises(ValueError, match="is an adapter. Merge it first"):
         RDPOTrainer(str(folder), settings, records, peft_config=LoraConfig(**LORA))
     frozen = PeftModel.from_pretrained(load_model(ASSETS), str(folder))
-    with pytest.raises(ValueError, match="no weight of the model learns.*is_trainable=True"):
+    with pytest.raises(ValueError, match="no weight of the model is trained.*is_trainable=True"):
         RDPOTrainer(frozen, settings, records)
 
 
@@ -93,9 +93,9 @@ def test_several_sets_are_evaluated_by_name_and_others_refused(records, tmp_path
         assert found[f"eval_far_{name}"] == pytest.approx(one.evaluate()[f"eval_{name}"], rel=0.05)
         assert found[f"eval_far_{name}"] != found[f"eval_near_{name}"]
     assert trainer.evaluate("near")["eval_loss"] == found["eval_near_loss"]
-    with pytest.raises(ValueError, match="given when the trainer is made"):
+    with pytest.raises(ValueError, match="evaluation records must be passed to the trainer"):
         trainer.evaluate(records[:2])
-    with pytest.raises(ValueError, match=r"predict has no logits.*evaluate\(\)"):
+    with pytest.raises(ValueError, match=r"predict is not supported.*no logits.*evaluate\(\)"):
         trainer.predict(records[:2])
     with pytest.raises(ValueError, match="no eval_dataset|requires an eval_dataset"):
         RDPOTrainer(str(ASSETS), config(tmp_path), records).evaluate()
@@ -119,7 +119,7 @@ def test_pushing_keeps_the_card(records, tmp_path, monkeypatch):
     [
         ({"compute_metrics": len}, "compute_metrics would have no effect"),
         ({"data_collator": len}, "data_collator would have no effect"),
-        ({"deepspeed": True}, "DeepSpeed is not supported; shard with FSDP2"),
+        ({"deepspeed": True}, "DeepSpeed is not supported. Shard with FSDP2"),
         ({"gpus": 2}, "2 GPUs are visible.*accelerate launch"),
     ],
 )
@@ -136,8 +136,8 @@ def test_transforms_of_a_data_set_are_applied(pairs_file):
     rows = datasets.load_dataset("parquet", data_files=str(pairs_file), split="train")
 
     def shout(batch):
-        says = [[m | {"content": m["content"].upper()} for m in one] for one in batch["chosen"]]
-        return batch | {"chosen": says}
+        texts = [[m | {"content": m["content"].upper()} for m in one] for one in batch["chosen"]]
+        return batch | {"chosen": texts}
 
     plain, loud = records_of(rows), records_of(rows.with_transform(shout))
     assert [r.chosen for r in loud] == [r.chosen.upper() for r in plain]

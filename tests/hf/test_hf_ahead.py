@@ -1,4 +1,4 @@
-"""RDPOTrainer builds batches ahead: the same numbers, errors that name records, no thread left."""
+"""RDPOTrainer builds batches ahead: equal results, named records, and no leaked threads."""
 
 import threading
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ from realign.training.step import Feed
 
 @pytest.fixture
 def built_by(monkeypatch):
-    """Names of the threads that lay batches out."""
+    """Names of the threads that build batches."""
     found, feed = [], Feed.__call__
 
     def noted(self, *part):
@@ -31,7 +31,7 @@ def built_by(monkeypatch):
 
 
 def trained(pairs_file, folder, **settings):
-    """What a run with an evaluation between its steps reports."""
+    """Log of a run with an evaluation between its steps."""
     records = read_pairs(pairs_file)
     settings = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3} | settings
     settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
@@ -47,7 +47,7 @@ def trained(pairs_file, folder, **settings):
 
 @pytest.fixture(scope="module")
 def in_place(pairs_file, tmp_path_factory):
-    """The same where each forward lays its batch out."""
+    """The same log when each forward builds its own batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RDPOTrainer, "_building", lambda _: nullcontext())
         return trained(pairs_file, tmp_path_factory.mktemp("in_place"))
@@ -89,7 +89,7 @@ def test_an_image_that_changes_is_named(pairs_file, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_is_named_before_the_update(pairs_file, tmp_path, monkeypatch):
-    """It is the first of two micro-batches; what the second one reports is finite."""
+    """The first of two micro-batches has a non-finite loss, the second a finite one."""
     records = read_pairs(pairs_file)[:4]
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
     trainer = RDPOTrainer(
@@ -123,4 +123,4 @@ def test_a_step_waits_once_outside_its_forwards(pairs_file, tmp_path):
     with counted() as waits:
         trainer.train()
     assert waits["realign/hf/parts.py"] == 4
-    assert waits["transformers/trainer.py"] <= 1  # the whole run's loss
+    assert waits["transformers/trainer.py"] <= 1  # the loss of the whole run

@@ -1,4 +1,4 @@
-"""RDPOTrainer and the examples on forked ranks: two processes compute what one computes."""
+"""RDPOTrainer and the examples on forked ranks: two processes give the results of one."""
 
 import json
 import re
@@ -18,9 +18,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def alone(pairs_file, tmp_path_factory):
+def single(pairs_file, tmp_path_factory):
     """Curve, adapter and evaluation of one process."""
-    folder = tmp_path_factory.mktemp("alone")
+    folder = tmp_path_factory.mktemp("single")
     trainer = launched(str(folder), str(pairs_file), batch=8)
     trainer.save_model()
     adapter = load_file(folder / "out" / "adapter_model.safetensors")
@@ -28,11 +28,11 @@ def alone(pairs_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_trains(way, alone, pairs_file, tmp_path):
-    """As many records in a step, dealt to two processes, give curve and adapter of one process."""
+def test_two_processes_train_what_one_trains(way, single, pairs_file, tmp_path):
+    """Two processes with the same records per step give the curve and adapter of one process."""
     folder = tmp_path / "two"
     run_ranks(launched_rank, 2, tmp_path / "log", str(folder), str(pairs_file), way == "fsdp")
-    curve, adapter, metrics = alone
+    curve, adapter, metrics = single
     found = json.loads((folder / "found.json").read_text())
     assert found["curve"] == pytest.approx(curve, rel=2e-5)
     assert len(curve) == 3
@@ -40,12 +40,12 @@ def test_two_processes_train_what_one_trains(way, alone, pairs_file, tmp_path):
         assert found["metrics"][name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-4), name
     saved = load_file(folder / "out" / "adapter_model.safetensors")
     assert saved.keys() == adapter.keys()
-    for name, value in adapter.items():  # Adam's steps are of 1e-4; a gradient near 0 may turn
+    for name, value in adapter.items():  # Adam steps by 1e-4; a gradient near 0 may change its sign
         torch.testing.assert_close(saved[name], value, rtol=0, atol=3e-5)
 
 
 def run_example(name, pairs_file, output, monkeypatch, capsys) -> str:
-    """An example in this process, which has the libraries; returns its output."""
+    """Run an example in this process, which has imported the libraries. Returns its output."""
     words = ["--steps", 3, "--batch-size", 4, "--pairs", pairs_file, "--output", output]
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -68,11 +68,11 @@ def test_two_processes_of_accelerate_take_the_steps_of_the_plain_loop(
     accelerate's --cpu needs MPI for more than one process, and its --multi_gpu no GPU.
     """
     plain = losses(run_example("plain_loop", pairs_file, tmp_path / "plain", monkeypatch, capsys))
-    said = []
+    printed = []
 
-    def run(args):  # of torchrun, on processes that have the libraries
+    def run(args):  # replaces torchrun: processes that have imported the libraries
         words = [args.training_script, *args.training_script_args]
-        said.append(run_ranks(run_script, int(args.nproc_per_node), tmp_path / "log", *words))
+        printed.append(run_ranks(run_script, int(args.nproc_per_node), tmp_path / "log", *words))
 
     monkeypatch.setattr(torch.distributed.run, "run", run)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -81,7 +81,7 @@ def test_two_processes_of_accelerate_take_the_steps_of_the_plain_loop(
     command += [str(EXAMPLES / "accelerate_loop.py"), "--steps", "3", "--batch-size", "4"]
     command += ["--pairs", str(pairs_file), "--output", str(tmp_path / "two")]
     launch.launch_command(launch.launch_command_parser().parse_args(command))
-    assert len(plain) == 3 and losses(said[0]) == pytest.approx(plain, rel=1e-5)
+    assert len(plain) == 3 and losses(printed[0]) == pytest.approx(plain, rel=1e-5)
     assert plain[0] == pytest.approx(2 * 0.693147, rel=1e-5) and plain[2] < plain[0]
     for folder in ("plain", "two"):
         AutoModelForImageTextToText.from_pretrained(tmp_path / folder / "model")
@@ -95,7 +95,7 @@ def test_an_example_runs_and_saves_a_model(name, pairs_file, tmp_path, monkeypat
 
 
 def test_every_example_is_run():
-    """By the tests above; `sequences` is what they share."""
+    """The tests above name all examples. `sequences` is the shared module."""
     text = Path(__file__).read_text()
     files = [path.stem for path in EXAMPLES.glob("*.py") if path.stem != "sequences"]
     assert len(files) == 5 and all(name in text for name in files)

@@ -28,7 +28,7 @@ def benches(tmp_path_factory):
 
 
 def assigned() -> dict[str, tuple[str, str]]:
-    """A family and a way for every kind that is trained, in turn."""
+    """A model family and a way of loading for every supported kind, in turn."""
     found = {}
     for i, kind in enumerate(kind for kind in KINDS if kind not in REFUSED):
         family, way = FAMILIES[i % len(FAMILIES)], WAYS[i % len(WAYS)]
@@ -40,7 +40,7 @@ def assigned() -> dict[str, tuple[str, str]]:
 def test_a_kind_begins_at_its_reference_and_is_saved_as_trained(benches, tmp_path, kind):
     family, way = assigned()[kind]
     cell = hf_matrix.trained_cell(benches[family], kind, way, tmp_path)
-    # Dropout acts in a step and not in its reference.
+    # Dropout is active in steps, but not in the reference.
     rounding = 0.1 if "dropout" in kind and way not in (FRESH, GIVEN) else 1e-6
     assert abs(cell.loss) < rounding, (family, way)
     assert cell.reward < rounding
@@ -51,7 +51,7 @@ def test_a_kind_begins_at_its_reference_and_is_saved_as_trained(benches, tmp_pat
 def test_the_ways_that_cannot_be_right_are_refused(benches, tmp_path):
     asked = [(kind, way, "smolvlm") for kind in KINDS for way in WAYS if kind not in REFUSED]
     cells = {(refusal(*cell), cell[1]): cell for cell in asked if refusal(*cell)}
-    assert len(cells) == 10  # each reason in each way, by one kind of several
+    assert len(cells) == 10  # each reason with each way of loading
     for i, (kind, way, family) in enumerate(cells.values()):
         with pytest.raises(ValueError, match=refusal(kind, way, family)):
             hf_matrix.trainer_of(benches[family], kind, way, tmp_path / str(i))
@@ -84,6 +84,6 @@ def test_every_kind_of_peft_is_trained_here_or_refused(benches, tmp_path):
         ]
     for kind in [kind for kind in PeftType if kind.value not in adapter_checks.SUPPORTED]:
         config = peft.LoraConfig()
-        config.peft_type = kind  # as a kind that a later PEFT brings
+        config.peft_type = kind  # like a new kind in a later PEFT
         with pytest.raises(ValueError, match=f"kind {kind.value}[:,]"):
             adapter_checks.check_config(config)

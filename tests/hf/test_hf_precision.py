@@ -1,4 +1,4 @@
-"""Precision of what RDPOTrainer is handed: dtypes, autocast, quantized and absent weights."""
+"""Precision of models under RDPOTrainer: dtypes, autocast, quantized and missing weights."""
 
 import math
 
@@ -109,7 +109,7 @@ def test_under_autocast_policy_and_reference_agree(kept, more, records, tmp_path
             torch.nn.init.normal_(value, std=0.05)
     trainer = RDPOTrainer(model, settings, records)
     trainer.train()
-    # Rows of other lengths round otherwise: 1e-4 here; 1.6e-3 without autocast.
+    # Rows of other lengths round differently: by 1e-4 here, and by 1.6e-3 without autocast.
     assert history(trainer)[0] == pytest.approx(2 * math.log(2), abs=3e-4)
     learns = {p.dtype for p in model.parameters() if p.requires_grad}
     assert learns == {torch.float32}
@@ -123,7 +123,7 @@ def test_adapters_that_transformers_made_in_bf16_are_widened(records, tmp_path, 
     trainer = RDPOTrainer(model, settings, records)
     assert narrow and all(p.dtype == torch.float32 for p in narrow)
     printed = capsys.readouterr().out
-    assert f"{len(narrow)} weights of adapters are widened to float32" in printed
+    assert f"{len(narrow)} adapter weights are widened to float32" in printed
     assert "computing in bfloat16, the dtype of the model's weights" in printed
     trainer.train()
     assert history(trainer)[0] == pytest.approx(2 * math.log(2), abs=3e-4)
@@ -139,11 +139,11 @@ def test_a_processor_is_asked_for(records, tmp_path):
     warmer = model_in(torch.float32)
     warmer.generation_config.temperature = 0.5
     for model, given, message in (
-        (model_in(torch.float32), processor.tokenizer, "has no tokenizer; give the model's proc"),
-        (model_in(torch.float32), processor.image_processor, "has no tokenizer; give the model"),
+        (model_in(torch.float32), processor.tokenizer, "has no tokenizer. Give the model's proc"),
+        (model_in(torch.float32), processor.image_processor, "has no tokenizer. Give the model"),
         (model_in(torch.float32), bare, "without a chat template"),
-        (model_in(torch.float32), foreign, "of another model: Qwen2_5_VLProcessor has .* tokens"),
-        (unnamed, None, "processing_class is None, and the model has no name; give the model's"),
+        (model_in(torch.float32), foreign, "to another model. Qwen2_5_VLProcessor has .* tokens"),
+        (unnamed, None, "processing_class is None, and the model has no name. Give the model's"),
     ):
         with pytest.raises(ValueError, match=message):
             RDPOTrainer(model, config(tmp_path), records, processing_class=given)
@@ -153,5 +153,5 @@ def test_a_processor_is_asked_for(records, tmp_path):
         RDPOTrainer(warmer, config(tmp_path), records)
     with pytest.raises(ValueError, match="model is a dict. Give a folder"):
         RDPOTrainer({}, config(tmp_path), records)
-    with pytest.raises(ValueError, match="peft_config is a dict. Give one of PEFT"):
+    with pytest.raises(ValueError, match="peft_config is a dict. Give a PeftConfig"):
         RDPOTrainer(model_in(torch.float32), config(tmp_path), records, peft_config={"r": 8})

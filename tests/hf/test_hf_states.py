@@ -1,4 +1,4 @@
-"""Adapters in a state that RDPOTrainer refuses, fingerprints of others, and foreign checkpoints."""
+"""Adapter states that RDPOTrainer rejects, fingerprints of valid ones, and foreign checkpoints."""
 
 import math
 
@@ -31,7 +31,7 @@ def records(pairs_file):
 
 
 def filled(model, seed=0):
-    """A model whose LoRA is not zero."""
+    """A model with non-zero LoRA weights."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.named_parameters():
         if "lora_B" in name:
@@ -132,14 +132,17 @@ def mixed(model):
     [
         (merged, "are merged into its weights.*unmerge_adapter"),
         (disabled, "are disabled.*enable_adapter_layers"),
-        (disabled_in_one_layer, "are disabled, in all layers or in some"),
-        (scaled, "q_proj scales adapter 'default' by 1, not by 2 as its configuration"),
-        (scaled_loha, "q_proj scales adapter 'default' by 0.5, not by 1 as its configuration"),
-        (scaled_shira, "q_proj scales adapter 'default' by 0.5, not by 1 as its configuration"),
-        (base_learns, "multi_modal_projector.* would learn.*modules_to_save"),
-        (another_is_active, "no weight of the model learns.*default, second.*active one is second"),
+        (disabled_in_one_layer, "are disabled in some or all layers"),
+        (scaled, "q_proj scales adapter 'default' by 1, but its configuration gives 2"),
+        (scaled_loha, "q_proj scales adapter 'default' by 0.5, but its configuration gives 1"),
+        (scaled_shira, "q_proj scales adapter 'default' by 0.5, but its configuration gives 1"),
+        (base_learns, "multi_modal_projector.* would be trained.*modules_to_save"),
+        (
+            another_is_active,
+            "no weight of the model is trained.*default, second.*active one is second",
+        ),
         (both_are_active, "adapters default, second are active together.*add_weighted_adapter"),
-        (without_configuration, "layers of the adapter.s. default.*no configuration"),
+        (without_configuration, "layers of the adapter.s. default, but not their configurations"),
         (twice, "default|on top of another one"),
         (in_a_peft_model, "a PeftModel around one"),
         (on_a_merged_base, "proj.weight of the model is not that of .*as its base.*save_pre"),
@@ -159,9 +162,9 @@ def test_a_state_that_cannot_be_saved_as_trained_is_refused(
 def test_a_fresh_adapter_goes_on_a_model_without_one_only(adapted, records, tmp_path):
     injected = inject(LoraConfig(**LORA), load_model(ASSETS))
     for model in (adapted, adapted.get_base_model(), injected):
-        with pytest.raises(ValueError, match="has adapters already; leave out peft_config"):
+        with pytest.raises(ValueError, match="already has adapters. Leave out peft_config"):
             RDPOTrainer(model, config(tmp_path), records, peft_config=LoraConfig(**LORA))
-    unloaded = adapted.unload()  # it keeps an attribute peft_config, and no adapter
+    unloaded = adapted.unload()  # it keeps the attribute peft_config, but no adapter
     trainer = RDPOTrainer(unloaded, config(tmp_path, max_steps=1), records,
                           peft_config=LoraConfig(**LORA))  # fmt: skip
     assert isinstance(trainer.adapter, PeftModel)
@@ -179,7 +182,7 @@ def test_two_models_that_compute_differently_have_two_digests(adapted):
         change(adapted)
         assert changed() == i + 2, change
     weight = next(p for n, p in adapted.named_parameters() if "lora_A" in n)
-    weight.data.view(-1)[0] += 1e-7 * weight.data.view(-1)[0].abs()  # bf16 would not hold it
+    weight.data.view(-1)[0] += 1e-7 * weight.data.view(-1)[0].abs()  # lost in bf16
     assert changed() == 6
 
 
@@ -198,7 +201,9 @@ def test_a_second_trainer_of_one_model_begins_where_the_first_ended(
     for trainer in trainers:
         trainer.train()
         assert history(trainer)[0] == pytest.approx(2 * math.log(2), abs=1e-6)
-    assert trainers[0]._fingerprint != trainers[1]._fingerprint  # or others would take these
+    assert (
+        trainers[0]._fingerprint != trainers[1]._fingerprint
+    )  # else their cached log-probs would be mixed
 
 
 def test_a_digest_does_not_depend_on_the_holder(adapted, tmp_path):
@@ -256,17 +261,19 @@ def test_a_foreign_checkpoint_is_not_resumed(checkpoint, adapted, records, tmp_p
         trainer.train(resume_from_checkpoint=str(folder))
         return trainer
 
-    with pytest.raises(ValueError, match="is another model than.*differ by .* a token"):
+    with pytest.raises(ValueError, match="is not the given model.*differ by .* per token"):
         resume(adapted)
     other = LoraConfig(**(LORA | {"r": 4}))
-    with pytest.raises(ValueError, match="other settings than its checkpoint.*r is 4, was 8"):
+    with pytest.raises(
+        ValueError, match="its checkpoint in .* have different settings.*r is 4, was 8"
+    ):
         resume(str(ASSETS), peft_config=other)
-    with pytest.raises(ValueError, match="holds an adapter. Resume with the peft_config"):
+    with pytest.raises(ValueError, match="holds an adapter. Resume with its peft_config"):
         resume(str(ASSETS))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no reference.json"):
         resume(str(ASSETS), tmp_path / "empty", peft_config=LoraConfig(**LORA))
-    # Another start of A, unseeded, with the same B of zeros: it is one reference.
+    # Another random A with the same zero B gives the same reference.
     torch.manual_seed(17)
     again = get_peft_model(load_model(ASSETS), LoraConfig(**LORA))
     assert len(history(resume(again))) == 2
@@ -284,7 +291,7 @@ def test_the_best_adapters_are_loaded_by_name(records, tmp_path):
     model = get_peft_model(load_model(ASSETS), LoraConfig(**LORA), adapter_name="mine")
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins"}
-    # The first step is the best by a metric that training makes greater.
+    # Training increases the metric, so the first step is the best.
     settings = config(tmp_path, max_steps=3, **steps, **best, greater_is_better=False)
     trainer = RDPOTrainer(model, settings, records, records[:2])
     trainer.train()

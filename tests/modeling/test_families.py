@@ -162,7 +162,7 @@ def sharded_models_are_the_same(family, attention="sdpa"):
     loss, _ = forest_loss(model, examples, store)
     vlm, _ = make(family, attention=attention)
     model = ForestModel(vlm)
-    distributed.start(alone=True, fsdp=False)
+    distributed.start(single=True, fsdp=False)
     try:
         fsdp.shard(model, CPU, torch.float32)
         found, _ = forest_loss(model, examples, store)

@@ -129,7 +129,7 @@ def test_offloaded_parameters_train_the_same(digits):
     batch = build_batch(examples[:4], store, row_tokens=60)
     weights = []
     try:
-        device = distributed.start(alone=True)
+        device = distributed.start(single=True)
         for offload in (False, True):
             model = forest_model("lora")
             fsdp.shard(model, device, torch.float32, cpu_offload=offload)

@@ -9,7 +9,7 @@ import torch
 from experiments.study.__main__ import StudyConfig
 from realign import cli, config
 from realign.cache import CacheConfig, FillConfig
-from realign.cli import parse_sections
+from realign.cli import parse_sections, with_default
 from realign.demo.__main__ import DemoConfig
 from realign.evaluate import EvaluateConfig
 from realign.export import ExportConfig
@@ -118,7 +118,7 @@ def test_help_shows_every_flag_with_its_default(parse, capsys):
     for cls in shown:
         for f in fields(cls):
             assert f"--{f.name.replace('_', '-')}" in text
-            assert f.default in (None, "") or f"(default: {f.default})" in text
+            assert with_default("", f.default) in text
 
 
 def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
@@ -153,7 +153,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
         ("[optim]\nbatch_size = true\n", "optim.batch_size is True; it must be of type int"),
         ('[data]\npairs = ["a.parquet"]\n', "data.pairs is .*; it must be of type str"),
         ("[model]\nlora_alpha = 1" + "0" * 400, "lora_alpha"),
-        ("model = 3\n", "model is 3, not a section; write .model."),
+        ("model = 3\n", "model is 3, not a section. Write .model."),
         ('{"optim": {"steps": 3}}', "is not valid TOML: .* It looks like JSON"),
         ("[scale]\nfsdp = 1\n", "scale.fsdp is 1; it must be of type bool"),
         ("[model]\nmodel = 3\n", "model.model is 3; it must be of type str"),

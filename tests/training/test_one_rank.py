@@ -38,7 +38,7 @@ def test_fsdp2_on_one_rank_changes_no_bit(way, pairs_file, tmp_path, monkeypatch
 
 def sharded(dtype, tune):
     """The digits model on a mesh of one rank, and the addresses of its frozen weights before."""
-    distributed.start(alone=True)
+    distributed.start(single=True)
     vlm = load_model(ASSETS, dtype if tune == "lora" else torch.float32)
     model = ForestModel(vlm, dtype=dtype)
     if tune == "lora":
@@ -89,7 +89,7 @@ def _load_text_model(folder):
 
 
 USES = {
-    "ranks": lambda folder: distributed.start(alone=True),
+    "ranks": lambda folder: distributed.start(single=True),
     "refilling, margins, evaluation": lambda folder: load_model(ASSETS),
     "a text model for pairs": _load_text_model,
 }

@@ -224,7 +224,7 @@ def test_a_step_waits_once_for_its_metrics_and_once_for_each_head(pairs_file, tu
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "FSDP2"])
 def test_a_step_that_is_not_finite_updates_nothing(sharded, spoilt):
     """The update is queued before the host reads. The second step ignores the first."""
-    distributed.start(alone=True)
+    distributed.start(single=True)
     results = []
     for spoil in (True, False):
         torch.manual_seed(0)

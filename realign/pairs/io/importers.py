@@ -7,7 +7,6 @@ yields a `Record` or an `InvalidRecord` for every record of a file.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -21,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from realign.cli import one_line_errors
+from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import Entry, Names, name_of
 from realign.data.errors import Malformed, short_repr
 from realign.data.images import ImageError, StoredImage
@@ -317,21 +316,25 @@ def _digest(record: Record) -> bytes:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and imports the pairs. Returns an exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m realign.pairs import",
         description="Convert existing pairs: the JSON of Re-Align's authors, or TRL's columns.",
+        example="python -m realign.pairs import data.json --image-folder images",
     )
-    parser.add_argument("data", metavar="DATA", help="file or folder of pairs")
+    parser.add_argument("data", metavar="DATA", help="File or folder of pairs.")
     parser.add_argument(
-        "--image-folder", help="folder that image paths are relative to (default: folder of DATA)"
+        "--image-folder",
+        metavar="FOLDER",
+        help="Folder that image paths are relative to. Without it, the folder of DATA.",
     )
     parser.add_argument(
-        "--output", default="pairs.parquet", help="Parquet file to write (default: %(default)s)"
+        "--output", default="pairs.parquet", metavar="FILE", help="Parquet file to write."
     )
     parser.add_argument(
         "--format",
         default="auto",
-        help="realign or parquet; auto detects it (default: %(default)s)",
+        metavar="{auto,realign,parquet}",
+        help="Format of DATA. auto detects it.",
     )
     args = parser.parse_args(arguments)
     counts = import_pairs(args.data, args.image_folder, args.output, format=args.format)

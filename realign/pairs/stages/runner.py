@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from realign.data.records import Record
 from realign.pairs.io.rows import InvalidRecord
@@ -24,6 +23,7 @@ from realign.pairs.stages import on_ray
 from realign.pairs.stages.base import ChatStage, Stage
 from realign.pairs.stages.read import Read
 from realign.pairs.stages.shard import InvalidLimit, ShardResult, is_current, make_shard
+from realign.progress import Progress, totals
 
 
 class RunError(ValueError):
@@ -118,8 +118,8 @@ class Runner:
         if counts.get("shards") != len(current):
             skip = next(number for number in count() if number not in current)
             parts = stage.shards(skip)
-            first = next(parts, None)  # an invalid data set raises before the bar appears
-            with tqdm(desc="read", unit="record", disable=self.quiet) as bar:
+            first = next(parts, None)  # an invalid data set raises before a bar is drawn
+            with Progress("read", "records", quiet=self.quiet, summary=False) as bar:
                 for number, part in enumerate(chain([first] if first else [], parts), skip):
                     if number not in current:
                         rows = [stage.row(entry) for entry in part if isinstance(entry, Record)]
@@ -152,18 +152,19 @@ class Runner:
                 stage.report = self.report
                 stage.records = self.outcome.records * len(missing) // total
             records = self.outcome.records
-            with tqdm(
-                desc=stage.name,
-                unit="record",
-                total=records,
-                initial=records * len(current) // total,
-                disable=self.quiet,
+            with Progress(
+                stage.name,
+                "records",
+                records,
+                done=records * len(current) // total,
+                quiet=self.quiet,
+                summary=False,
             ) as bar:
-                start = bar.n
+                start = bar.done
                 stage.tick = bar.update
                 for result in self._results(stage, missing):
                     records_done += result.records
-                    bar.update(max(0, start + records_done - bar.n))  # minus the stage's ticks
+                    bar.update(max(0, start + records_done - bar.done))  # minus the stage's ticks
                     self._check(stage, result)
             shards.clear_partial()  # left by Ray workers that died
         self._report(stage, total, records_done, began)
@@ -249,10 +250,8 @@ class Runner:
         if not records:
             self.report(f"{stage.name}: all {total} shards already done")
             return
-        rate = records / max(time.perf_counter() - began, 1e-9)
-        self.report(
-            f"{stage.name}: {total}/{total} shards, {records} records, {rate:.0f} records/s"
-        )
+        summary = totals(records, "records", time.perf_counter() - began)
+        self.report(f"{stage.name + ':':10}{total}/{total} shards, {summary}")
 
 
 def note_run(work: Path, output: str, outcome: Outcome) -> None:
