@@ -25,7 +25,7 @@ OF_TRANSFORMERS = ("model.load_adapter", "AutoModel on the adapter's folder")
 _HEAD = "output layer is neither plain LoRA"
 _SHARED = "uses shared state"  # error of PEFT
 _BIAS = "only 1 adapter with bias"  # error of PEFT
-_DORA = "magnitudes of the base, which transformers does not load"
+_DORA = "magnitudes of the base, since transformers does not load"
 _TIED = "ensure_weight_tying"
 REFUSED = {
     "AdaLoRA": "ADALORA: it needs a call in each step",

@@ -163,7 +163,7 @@ COCO = '{"annotations": [{"image_id": 1, "caption": "A dog."}]}'
         (CHAIR, "instances.json", b"[]", "no list `images`"),
         (CHAIR, "instances.json", b"{", "instances.json is not JSON"),
         (CHAIR, "captions.json", b'{"annotations": [{"image_id": 1, "category_id": 1}]}',
-         "Give COCO's captions, as captions_val2014.json, to --reference"),
+         "Give COCO's captions, such as captions_val2014.json, to --reference"),
         (CHAIR, "captions.json", b'{"annotations": [7]}', "has 7 in `annotations`"),
         ([*CHAIR, "--synonyms", "captions.json"], "x", b"", "is not a list of synonyms: line 1"),
         ([*CHAIR, "--synonyms", "s.txt"], "s.txt", b"cat, kitten", "has no object 'dog'"),
