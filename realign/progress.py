@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -124,11 +124,10 @@ class _Bar(tqdm):
         return {**super().format_dict, "line": self.progress.line()}
 
 
-def track(
-    items: Collection[_Item], title: str, unit: str, *, quiet: bool = False
-) -> Iterator[_Item]:
-    """Iterate over items with progress."""
-    with Progress(title, unit, len(items), quiet=quiet) as progress:
+def track(items: Iterable[_Item], title: str, unit: str, *, quiet: bool = False) -> Iterator[_Item]:
+    """Iterate over items with progress. Without a length, the total is unknown."""
+    total = len(items) if isinstance(items, Sized) else None
+    with Progress(title, unit, total, quiet=quiet) as progress:
         for item in items:
             yield item
             progress.update()

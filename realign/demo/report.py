@@ -60,7 +60,8 @@ def draw(
     with plt.rc_context({"font.size": _FONT, "axes.titlesize": _FONT + 1}):
         size, dpi = (_WIDTH, sum(heights)), _PIXELS / _WIDTH
         figure = plt.figure(figsize=size, dpi=dpi, facecolor="white")
-        charts, *sections = figure.subfigures(len(heights), 1, height_ratios=heights)
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+        charts, *sections = parts[:, 0]
         bottom = 0.32 if len(results) > 3 else 0.18  # names of several seeds are turned
         grid = charts.add_gridspec(1, 3, left=0.06, right=0.98, bottom=bottom, top=0.88, wspace=0.3)
         _rates(charts.add_subplot(grid[0]), results)
