@@ -239,7 +239,7 @@ def world_size() -> int:
 def log_rank0(line: str) -> None:
     """Print a line on rank 0."""
     if rank() == 0:
-        print(line)
+        print(line, flush=True)
 
 
 def report(error: Exception) -> bool:

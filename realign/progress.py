@@ -71,7 +71,7 @@ class Progress:
             if now - self._printed >= interval and self.done != self.total:
                 self._printed = now
                 share = f" {self.done / self.total:4.0%}" if self.total else ""
-                print(f"{self.title}:{share}  {self.line()}", file=sys.stderr, flush=True)
+                _print(f"{self.title}:{share}  {self.line()}")
 
     def close(self, *, complete: bool = True) -> None:
         """Remove the bar; print the summary of a complete loop."""
@@ -81,7 +81,7 @@ class Progress:
         if complete and self._summary and self.done > self._first:
             summary = totals(self.done - self._first, self.unit, self.seconds)
             note = f", {self._note.strip()}" if self._note else ""
-            print(f"{self.title}: {summary}{note}", file=sys.stderr, flush=True)
+            _print(f"{self.title}: {summary}{note}")
         self._summary = False
 
     @property
@@ -102,6 +102,12 @@ class Progress:
         parts += [self._note] if self._note else []
         parts += [f"{left:>7} left"] if self.total is not None else []
         return "  ".join(parts)
+
+
+def _print(line: str) -> None:
+    """Print to stderr, after earlier lines of stdout: one file may hold both."""
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
 
 
 class _Bar(tqdm):

@@ -118,7 +118,7 @@ class RDPOTrainer(Trainer):
             layout=module.layout,
             max_response_tokens=args.max_response_tokens,
             max_tokens=vlm.config.get_text_config().max_position_embeddings,
-            progress=not args.disable_tqdm,
+            progress=not args.disable_tqdm and args.process_index == 0,
         )
         self._trained = len(indices)
         self.references: torch.Tensor | None = None  # (L, examples) fp32

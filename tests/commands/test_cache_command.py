@@ -98,7 +98,7 @@ def test_mistakes_of_the_commands(words, message, capsys):
     assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
 
 
-def test_a_rank_speaks_for_itself_once_ranks_part(monkeypatch, capsys):
+def test_diverged_ranks_report_their_own_errors(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     full = OSError(errno.ENOSPC, "No space left on device", "0.log")
@@ -116,7 +116,7 @@ def test_a_rank_speaks_for_itself_once_ranks_part(monkeypatch, capsys):
     assert not distributed.report(RuntimeError("a fault of ours"))
 
 
-def fails_alone(*words):
+def fails_on_rank_1(*words):
     """`realign.cache` as one of two ranks, of which rank 1 meets a damaged image."""
 
     def changed(self, key):
@@ -127,15 +127,15 @@ def fails_alone(*words):
     assert cache.main(words) == 1
 
 
-def test_what_one_rank_alone_runs_into_is_told_by_it(pairs_file, tmp_path):
+def test_a_failure_of_one_rank_is_reported_by_that_rank(pairs_file, tmp_path):
     words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "cache"]
     words = [*map(str, words), "--batch-rows", "4"]
-    printed = run_ranks(fails_alone, 2, tmp_path / "log", *words)
+    printed = run_ranks(fails_on_rank_1, 2, tmp_path / "log", *words)
     assert "error (rank 1): record 'scene-1': its image is not what it was." in printed
     assert "error: another rank has ended" in printed and "error (rank 0)" not in printed
 
 
-def test_a_cache_folder_that_is_none(pairs_file, tmp_path, capsys):
+def test_a_cache_folder_that_is_a_file(pairs_file, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     words = ["fill", "--pairs", pairs_file, "--quiet", "--reference-cache", tmp_path / "file"]
     assert cache.main([str(word) for word in words]) == 1

@@ -106,7 +106,7 @@ FIGURES = [
 
 
 @pytest.mark.parametrize(("scores", "shown"), FIGURES, ids=["pope", "chair", "hallusionbench"])
-def test_figures_of_photographs_as_a_card_shows_them(tmp_path, scores, shown):
+def test_benchmark_figures_in_a_card(tmp_path, scores, shown):
     file = tmp_path / "figures.json"
     file.write_text(json.dumps({"model": "runs/rdpo/model", "scores": scores}))
     assert export.evaluation_of(file) == shown

@@ -151,7 +151,7 @@ def test_captions_read_back_for_all_digits():
         ("top left one , top left two", [1, None, None, None]),
     ],
 )
-def test_what_a_caption_does_not_say_is_none(caption, digits):
+def test_missing_digits_of_a_caption_are_none(caption, digits):
     assert digits_in(caption) == digits
 
 

@@ -119,7 +119,7 @@ def test_objects_of_a_text(words, text, objects):
     assert words.objects(text) == objects
 
 
-def test_a_name_of_three_words_is_looked_for_by_its_words(tmp_path):
+def test_a_name_of_three_words_is_found_by_its_words(tmp_path):
     file = tmp_path / "synonyms.txt"
     file.write_text("oven, stove, stove top oven\nplate\ntrain, bullet train\n")
     words = chair.Vocabulary(file)

@@ -55,7 +55,7 @@ def ours(pairs_file, tmp_path_factory):
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
 
 
-def test_the_trainer_takes_our_steps(ours, pairs_file, tmp_path):
+def test_the_trainer_gives_the_curve_of_realign_train(ours, pairs_file, tmp_path):
     trainer = InOurOrder(str(ASSETS), config(tmp_path), str(pairs_file))
     trainer.train()
     for name in ("loss", "grad_norm", "rewards/margins", "rewards/visual_margins", "logps/chosen"):
@@ -64,7 +64,7 @@ def test_the_trainer_takes_our_steps(ours, pairs_file, tmp_path):
     assert history(trainer)[0] == pytest.approx(2 * 0.693147, abs=1e-5)
 
 
-def test_a_plain_loop_takes_our_steps(ours, pairs_file):
+def test_a_plain_loop_gives_the_curve_of_realign_train(ours, pairs_file):
     """The curve of the plain-loop example, with the batches of `realign.train`."""
     sys.path.insert(0, str(EXAMPLES))
     try:
@@ -102,7 +102,7 @@ def rows(pairs_file):
     return loaded.select_columns(kept)
 
 
-def test_rows_of_a_data_set_are_our_records(rows, pairs_file):
+def test_rows_of_a_data_set_equal_the_records(rows, pairs_file):
     records = read_pairs(pairs_file)
     for forms in (rows, list(rows.select(range(8))), rows.select(range(8)).to_list()):
         for row, record in zip(records_of(forms), records, strict=False):
@@ -183,11 +183,11 @@ def plain_steps(rows, tmp_path_factory):
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_how_a_step_is_computed_changes_nothing(rows, tmp_path, settings, plain_steps):
+def test_equivalent_settings_give_the_same_steps(rows, tmp_path, settings, plain_steps):
     assert trained(rows, tmp_path, **settings) == pytest.approx(plain_steps, rel=2e-5)
 
 
-def test_references_under_autocast_are_others(rows, tmp_path):
+def test_references_under_autocast_are_cached_separately(rows, tmp_path):
     for count, bf16 in enumerate((True, False), 1):
         settings = config(tmp_path, max_steps=1, bf16=bf16)
         RDPOTrainer(str(ASSETS), settings, rows.select(range(4))).train()
@@ -195,7 +195,7 @@ def test_references_under_autocast_are_others(rows, tmp_path):
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
-def test_a_resumed_run_goes_on_as_it_would_have(rows, tmp_path, tune):
+def test_a_resumed_run_equals_an_uninterrupted_one(rows, tmp_path, tune):
     def trainer(folder, **settings):
         peft = LoraConfig(**LORA) if tune == "lora" else None
         options = {"output_dir": str(tmp_path / folder), "max_steps": 4}
@@ -212,7 +212,7 @@ def test_a_resumed_run_goes_on_as_it_would_have(rows, tmp_path, tune):
     assert history(second) == pytest.approx(history(whole), rel=1e-5)
 
 
-def test_what_cannot_be_trained_is_named(rows, tmp_path):
+def test_invalid_records_and_settings_are_named(rows, tmp_path):
     with pytest.raises(ValueError, match="label_smoothing_factor would have no effect"):
         config(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="objective is 'kto'"):
@@ -227,7 +227,7 @@ def test_what_cannot_be_trained_is_named(rows, tmp_path):
         RDPOTrainer(str(ASSETS), config(tmp_path), [])
 
 
-def test_a_failed_evaluation_leaves_steps_to_be_counted(pairs_file, tmp_path, monkeypatch):
+def test_steps_after_a_failed_evaluation_are_counted(pairs_file, tmp_path, monkeypatch):
     records = read_pairs(pairs_file)[:4]
     trainer = RDPOTrainer(str(ASSETS), config(tmp_path, max_steps=2), records, records)
     with monkeypatch.context() as patch:

@@ -35,7 +35,7 @@ def adapted():
     return model
 
 
-def test_an_adapter_that_was_trained_belongs_to_the_reference(adapted, records, tmp_path):
+def test_a_trained_adapter_is_part_of_the_reference(adapted, records, tmp_path):
     base = RDPOTrainer(
         str(ASSETS), config(tmp_path, max_steps=1), records, peft_config=LoraConfig(**LORA)
     )
@@ -59,7 +59,7 @@ def test_an_adapter_that_was_trained_belongs_to_the_reference(adapted, records, 
         assert torch.equal(value, trained[name]), name
 
 
-def test_adapters_that_begin_as_the_base_share_its_references(records, tmp_path):
+def test_adapters_equal_to_the_base_share_its_references(records, tmp_path):
     fresh = get_peft_model(load_model(ASSETS), LoraConfig(**LORA))
     dora = LoraConfig(**LORA, use_dora=True)  # rounds, so in bf16 it differs from its base
     for model, peft, folders in [(fresh, None, 1), (str(ASSETS), None, 1), (str(ASSETS), dora, 2)]:
@@ -69,7 +69,7 @@ def test_adapters_that_begin_as_the_base_share_its_references(records, tmp_path)
         assert len(list((tmp_path / "cache").iterdir())) == folders
 
 
-def test_what_of_adapters_cannot_be_trained_is_refused(adapted, records, tmp_path):
+def test_adapters_that_cannot_be_trained_are_rejected(adapted, records, tmp_path):
     folder = tmp_path / "adapter"
     adapted.save_pretrained(folder)
     settings = config(tmp_path)
@@ -80,7 +80,7 @@ def test_what_of_adapters_cannot_be_trained_is_refused(adapted, records, tmp_pat
         RDPOTrainer(frozen, settings, records)
 
 
-def test_several_sets_are_evaluated_by_name_and_others_refused(records, tmp_path):
+def test_named_sets_are_evaluated_and_others_rejected(records, tmp_path):
     sets = {"near": records[:3], "far": records[3:]}
     trainer = RDPOTrainer(
         str(ASSETS), config(tmp_path, max_steps=1, learning_rate=1e-4), records, sets,

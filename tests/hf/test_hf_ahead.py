@@ -53,7 +53,7 @@ def in_place(pairs_file, tmp_path_factory):
         return trained(pairs_file, tmp_path_factory.mktemp("in_place"))
 
 
-def test_batches_are_built_ahead_bit_for_bit(in_place, pairs_file, tmp_path, built_by):
+def test_batches_built_ahead_give_bitwise_equal_results(in_place, pairs_file, tmp_path, built_by):
     assert trained(pairs_file, tmp_path) == in_place
     assert len(in_place["loss"]) == 3 and len(in_place["eval_loss"]) == 2
     assert set(built_by) == {"prefetch"}

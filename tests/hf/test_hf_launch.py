@@ -28,7 +28,7 @@ def single(pairs_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_trains(way, single, pairs_file, tmp_path):
+def test_two_processes_give_the_results_of_one(way, single, pairs_file, tmp_path):
     """Two processes with the same records per step give the curve and adapter of one process."""
     folder = tmp_path / "two"
     run_ranks(launched_rank, 2, tmp_path / "log", str(folder), str(pairs_file), way == "fsdp")
@@ -60,7 +60,7 @@ def losses(printed: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)", printed, re.M)]
 
 
-def test_two_processes_of_accelerate_take_the_steps_of_the_plain_loop(
+def test_two_accelerate_processes_give_the_curve_of_the_plain_loop(
     pairs_file, tmp_path, monkeypatch, capsys
 ):
     """The launch of docs/trainers.md.

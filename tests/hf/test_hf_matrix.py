@@ -37,7 +37,7 @@ def assigned() -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("kind", assigned())
-def test_a_kind_begins_at_its_reference_and_is_saved_as_trained(benches, tmp_path, kind):
+def test_first_losses_equal_the_reference_and_trained_weights_are_saved(benches, tmp_path, kind):
     family, way = assigned()[kind]
     cell = hf_matrix.trained_cell(benches[family], kind, way, tmp_path)
     # Dropout is active in steps, but not in the reference.
@@ -48,7 +48,7 @@ def test_a_kind_begins_at_its_reference_and_is_saved_as_trained(benches, tmp_pat
     assert cell.reloaded < 1e-5  # a plain forward of the same weights
 
 
-def test_the_ways_that_cannot_be_right_are_refused(benches, tmp_path):
+def test_unsupported_ways_of_loading_are_rejected(benches, tmp_path):
     asked = [(kind, way, "smolvlm") for kind in KINDS for way in WAYS if kind not in REFUSED]
     cells = {(refusal(*cell), cell[1]): cell for cell in asked if refusal(*cell)}
     assert len(cells) == 10  # each reason with each way of loading
@@ -69,7 +69,7 @@ def test_an_adapter_resumes_in_every_way_of_loading(benches, tmp_path, way):
     assert history(second) == pytest.approx(history(first), rel=1e-5)
 
 
-def test_every_kind_of_peft_is_trained_here_or_refused(benches, tmp_path):
+def test_every_peft_kind_is_tested_or_rejected(benches, tmp_path):
     trained = {KINDS[kind].peft_type.value for kind in assigned()}
     assert trained == adapter_checks.SUPPORTED
     refused = {kind: KINDS.get(kind) or SPECIAL[kind] for kind in [*REFUSED, *SPECIAL]}

@@ -70,9 +70,7 @@ def quantized():
         "quantized",
     ],
 )
-def test_weights_that_would_not_train_are_refused(
-    make_model, lora, bf16, message, records, tmp_path
-):
+def test_untrainable_weights_are_rejected(make_model, lora, bf16, message, records, tmp_path):
     peft = LoraConfig(**LORA) if lora else None
     with pytest.raises(ValueError, match=message):
         RDPOTrainer(make_model(), config(tmp_path, bf16=bf16), records, peft_config=peft,
@@ -80,12 +78,12 @@ def test_weights_that_would_not_train_are_refused(
 
 
 @pytest.mark.parametrize("name", ["fp16", "fp16_full_eval", "bf16_full_eval"])
-def test_settings_that_would_cast_are_refused(name, tmp_path):
+def test_settings_that_cast_weights_are_rejected(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name} is not supported. Set bf16=True"):
         config(tmp_path, **{name: True})
 
 
-def test_accelerates_own_precision_counts(records, tmp_path, monkeypatch):
+def test_the_precision_of_accelerate_is_used(records, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match="mixed_precision is 'fp16'.*Launch with"):
         config(tmp_path)
@@ -129,7 +127,7 @@ def test_adapters_that_transformers_made_in_bf16_are_widened(records, tmp_path, 
     assert history(trainer)[0] == pytest.approx(2 * math.log(2), abs=3e-4)
 
 
-def test_a_processor_is_asked_for(records, tmp_path):
+def test_unsuitable_processors_are_rejected(records, tmp_path):
     processor = AutoProcessor.from_pretrained(ASSETS)
     _, foreign = make("qwen2_5_vl")
     unnamed = AutoModelForImageTextToText.from_config(model_in(torch.float32).config)

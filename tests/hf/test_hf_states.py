@@ -151,7 +151,7 @@ def mixed(model):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_state_that_cannot_be_saved_as_trained_is_refused(
+def test_adapter_states_that_cannot_be_saved_are_rejected(
     adapted, change, message, records, tmp_path
 ):
     with pytest.raises(ValueError, match=message):
@@ -159,7 +159,7 @@ def test_a_state_that_cannot_be_saved_as_trained_is_refused(
                     processing_class=load_processor(ASSETS))  # fmt: skip
 
 
-def test_a_fresh_adapter_goes_on_a_model_without_one_only(adapted, records, tmp_path):
+def test_a_new_adapter_needs_a_model_without_adapters(adapted, records, tmp_path):
     injected = inject(LoraConfig(**LORA), load_model(ASSETS))
     for model in (adapted, adapted.get_base_model(), injected):
         with pytest.raises(ValueError, match="already has adapters. Leave out peft_config"):
@@ -187,9 +187,7 @@ def test_two_models_that_compute_differently_have_two_digests(adapted):
 
 
 @pytest.mark.parametrize("adapts", [False, True])
-def test_a_second_trainer_of_one_model_begins_where_the_first_ended(
-    adapts, adapted, records, tmp_path
-):
+def test_a_second_trainer_starts_from_the_weights_of_the_first(adapts, adapted, records, tmp_path):
     model = adapted if adapts else load_model(ASSETS)
     options = {"max_steps": 1, "learning_rate": 1e-2}
     trainers = [
@@ -227,7 +225,7 @@ def test_an_adapter_on_the_vision_tower_learns(records, tmp_path):
     assert before and not any(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_inactive_adapters_stay_as_they_are(adapted, records, tmp_path):
+def test_inactive_adapters_do_not_change(adapted, records, tmp_path):
     adapted.add_adapter("second", LoraConfig(**LORA))
     adapted.set_adapter("second")
     filled(adapted, seed=1)
@@ -279,7 +277,7 @@ def test_a_foreign_checkpoint_is_not_resumed(checkpoint, adapted, records, tmp_p
     assert len(history(resume(again))) == 2
 
 
-def test_processes_with_other_weights_are_named(adapted, records, tmp_path, monkeypatch):
+def test_processes_with_different_weights_are_an_error(adapted, records, tmp_path, monkeypatch):
     monkeypatch.setattr("realign.hf.checks.gather_object", lambda own: [*own, "of rank 1"])
     trainer = RDPOTrainer(adapted, config(tmp_path, max_steps=1), records)
     with pytest.raises(ValueError, match="processes have different weights.*set_seed"):
