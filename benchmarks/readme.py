@@ -4,7 +4,7 @@ from html import escape
 from typing import NamedTuple
 
 from benchmarks.gpu.check import Check
-from benchmarks.gpu.pages import fill
+from benchmarks.gpu.pages import fill, peers
 from benchmarks.results import Run, groups_of
 from benchmarks.tables import ratio_range
 
@@ -15,8 +15,8 @@ COLOURS = {
     "dark": {"ink": "#f0f6fc", "quiet": "#9da7b1", "bars": "#f0883e #58a6ff"},
 }
 PEERS = {
-    "TRL DPO, labelled rows": "TRL {trl}'s DPO, made to project response rows only",
-    "TRL DPO": "TRL {trl}'s DPO with its CPU default, which projects every row",
+    "TRL DPO, labelled rows": "TRL {trl}'s DPO, patched to compute logits of responses only",
+    "TRL DPO": "TRL {trl}'s CPU default, with logits of every token",
     "released, three sequences": "plain rDPO, three sequences as in the authors' release",
 }
 """Titles of the contestants of a step. The fair comparison is first."""
@@ -26,8 +26,8 @@ MODEL = (
     "per step: 576 image tokens, prompt 64, responses 128."
 )
 METHODS = (
-    "Ours is rDPO: three sequences, cached references. TRL's DPO: two sequences, live reference. "
-    "Plain rDPO: three sequences, live reference."
+    "Ours is rDPO: three responses in two trees, cached references. TRL's DPO: two sequences, live "
+    "reference. Plain rDPO: three sequences, live reference."
 )
 MACHINE = (
     "LoRA of rank 128, or full fine-tuning. {cpu} ({capability}), {threads} threads, "
@@ -88,7 +88,7 @@ def step_block(run: Run) -> str | None:
     ]
     alt = "Bar chart of a training step, theirs over ours. Ours is " + "; ".join(ranges)
     return "\n".join((
-        fill(f"A training step of rDPO here is {ranges[0]}:"),
+        fill(f"A step of `realign.train` is {ranges[0]}:"),
         "",
         "<picture>",
         f'  <source media="(prefers-color-scheme: dark)" srcset="{CHARTS["dark"]}">',
@@ -102,12 +102,14 @@ def measured_line(run: Run, check: Check) -> str:
     seconds = [check.figure("step", case, "seconds") for case in ("TRL DPO", "ours")]
     ratio = "-" if None in seconds else f"{seconds[0] / seconds[1]:.2f}x"
     machine = run.machine
+    eager = peers(check).get("eager logits", {}).values()
+    slower = sum(over < 1 for over in eager)
     return fill(
-        f"Measured on a CPU: {machine['cpu']} ({machine['capability']}), {machine['threads']} "
-        f"threads, torch {_versions(run)['torch']} ([docs/benchmarks.md](docs/benchmarks.md)). "
-        f"The only GPU run, on one {check.card}, timed an earlier version: its step with "
-        f"LLaVA-1.5-7B was {ratio} faster than TRL's DPO. Head and step have changed since, and "
-        "the present code has not been timed on a GPU ([docs/gpu.md](docs/gpu.md))."
+        f"Measured on a CPU ({machine['cpu']}, {machine['threads']} threads, commit "
+        f"{run.commit[:7]} of {run.date[:10]}; [docs/benchmarks.md](docs/benchmarks.md)). On a GPU "
+        f"(one {check.card}), only an earlier version was timed. Its LoRA step of LLaVA-1.5-7B "
+        f"with random weights was {ratio} faster than TRL's DPO. Its head was slower than eager "
+        f"logits in {slower} of {len(eager)} cases ([docs/gpu.md](docs/gpu.md))."
     )
 
 

@@ -116,7 +116,7 @@ def contestants_block(check: Check) -> str:
     return "\n\n".join([times, losses(check), table(columns, errors)])
 
 
-def _peers(check: Check) -> dict[str, dict[str, float]]:
+def peers(check: Check) -> dict[str, dict[str, float]]:
     """Time over ours of each other library and of eager torch, by group."""
     found: dict[str, dict[str, float]] = {}
     for name in (name for name in CONTESTANTS if not name.startswith(OURS)):
@@ -128,7 +128,7 @@ def _peers(check: Check) -> dict[str, dict[str, float]]:
 def losses(check: Check) -> str:
     """Peers that are faster than ours, and peers whose GPU waits for the host most of the time."""
     faster, waiting = [], []
-    for name, overs in _peers(check).items():
+    for name, overs in peers(check).items():
         if ratios := [over for over in overs.values() if over < 1]:
             faster.append(f"- {name}: {len(ratios)} of {len(overs)} cases, {span(ratios)}")
         times = {group: wall_and_busy(check, group, name) for group in overs}
@@ -249,10 +249,10 @@ def summary(check: Check) -> str:
         return span(known) if known else "-"
 
     each = check.figure("step", "ours", "each") or []
-    peers = []
-    for name, overs in _peers(check).items():
+    found_faster = []
+    for name, overs in peers(check).items():
         if faster := [over for over in overs.values() if over < 1]:
-            peers.append(
+            found_faster.append(
                 f"{name} is faster in {len(faster)} of {len(overs)} cases ({span(faster)})."
             )
     lines = (
@@ -263,7 +263,8 @@ def summary(check: Check) -> str:
         f"{', '.join(map(number, sorted(each)))} s.",
         f"Head: the bare GEMMs by cuBLAS took {head('frozen')} of our time when the head was "
         f"frozen, and {head('trained')} when it trained.",
-        f"Peers of the head, theirs / ours: {' '.join(peers) or 'none is faster in any case.'}",
+        "Peers of the head, theirs / ours: "
+        + (" ".join(found_faster) or "none is faster in any case."),
         f"Targets: {verdicts(check)}.",
     )
     return "\n".join(

@@ -80,7 +80,7 @@ def summary(results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]) 
     for images, runs in _runs_by_images(results_of, testbeds).items():
         change, dpo, rdpo = _over_runs(runs)
         seeds = {s for r in runs.values() for s in values(r, "rdpo", "hallucination_rate")}
-        times = f"{len(runs)} runs of " if len(runs) > 1 else ""
+        times = f"{len(runs)} runs of the same " if len(runs) > 1 else ""
         sentences.append(
             f"{start} {_compared(images, change, dpo, rdpo)} ({_points(change)} points, {times}"
             f"{len(seeds)} seeds)."

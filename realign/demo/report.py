@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from realign.digits.scenes import CELL, WORDS, digits_in
@@ -55,6 +56,7 @@ def draw(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     heights = [_CHARTS, *_heights([pair]), *_heights(scenes)]
     with plt.rc_context({"font.size": _FONT, "axes.titlesize": _FONT + 1}):
@@ -74,10 +76,11 @@ def draw(
             _title(sections[2], title)
         for section, panel in zip(sections[3:], scenes, strict=True):
             _row(section, panel, heads=panel is scenes[0])
-        figure.savefig(path)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         plt.close(figure)
-    with Image.open(path) as drawn:  # 256 colours need a third of the bytes
-        few = drawn.convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE)
+    few = drawn.quantize(256, kmeans=3, dither=Image.Dither.NONE)  # a third of the bytes
     few.save(path, optimize=True)
 
 

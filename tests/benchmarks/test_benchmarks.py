@@ -242,14 +242,11 @@ class TestPages:
         stepped = step_run({"TRL DPO": (1.9, 250), "TRL DPO, labelled rows": (0.91, 120)})
         block = " ".join((readme.step_block(stepped) or "").split())
         fair = (
-            "0.9x, slower than TRL None's DPO, made to project response rows only, "
+            "0.9x, slower than TRL None's DPO, patched to compute logits of responses only, "
             "with 1.2x less memory"
         )
-        assert block.startswith(f"A training step of rDPO here is {fair}: <picture>")
-        other = (
-            "1.9x faster than TRL None's DPO with its CPU default, which projects every row, "
-            "with 2.5x"
-        )
+        assert block.startswith(f"A step of `realign.train` is {fair}: <picture>")
+        other = "1.9x faster than TRL None's CPU default, with logits of every token, with 2.5x"
         assert f"Ours is {fair}; {other} less memory" in block
         for theme in readme.CHARTS:
             drawing = ElementTree.fromstring(readme.chart(stepped, theme))

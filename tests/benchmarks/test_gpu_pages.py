@@ -71,16 +71,20 @@ def test_every_gpu_target_names_a_case_of_the_check():
         assert {one.case, one.over} <= known | {""}
 
 
+MACHINE = {"cpu": "a CPU", "capability": "AVX512", "threads": 2, "versions": {"torch": "2.1+x"}}
+RUN = Run("slow", MACHINE, "0123456789ab", "2026-11-25 01:42:37", (), ())
+
+
 def test_summary_and_sentences_follow_from_the_results():
-    machine = {"cpu": "a CPU", "capability": "AVX512", "threads": 2, "versions": {"torch": "2.1+x"}}
     words = " ".join(pages.summary(measured()).split())
     assert "was 1.80x faster than TRL's DPO. It was - faster than three" in words
     assert "bare GEMMs by cuBLAS took 0.33x of our time" in words
     assert "eager logits is faster in 1 of 1 cases (0.90x)." in words
     assert "Targets: 1 met, 1 missed" in words
-    words = " ".join(readme.measured_line(Run("slow", machine, "", "", (), ()), measured()).split())
-    assert "on a CPU: a CPU (AVX512), 2 threads, torch 2.1 (" in words
-    assert "on one Fast Card, timed an earlier version" in words
+    words = " ".join(readme.measured_line(RUN, measured()).split())
+    assert "on a CPU (a CPU, 2 threads, commit 0123456 of 2026-11-25;" in words
+    assert "(one Fast Card), only an earlier version was timed" in words
+    assert "slower than eager logits in 1 of 1 cases" in words
     assert "was 1.80x faster than TRL's DPO" in words
     assert "On one Fast Card, 1 of 2 cases" in pages.kernels_sentence(measured())
 

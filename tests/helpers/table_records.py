@@ -66,10 +66,13 @@ def read(folder, board, seconds):
     return checked
 
 
-def compact(folder, seconds):
-    """Compacts repeatedly, and returns the number of merged logs."""
+def compact(folder, seconds, slack):
+    """Compacts repeatedly, and returns the number of merged logs.
+
+    On a busy machine it continues for up to `slack` seconds, until it has merged a log.
+    """
     until, merged = time.monotonic() + seconds, 0
-    while time.monotonic() < until:
+    while time.monotonic() < until + (0 if merged else slack):
         merged += compact_table(folder, FINGERPRINT)["logs_merged"]
         time.sleep(0.1)
     return merged
