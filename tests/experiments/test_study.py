@@ -314,7 +314,7 @@ def test_two_runs_of_the_same_seeds_count_each_seed_once():
     assert len(each) == 2 and page.finding("digits", runs_[0])[1:] in each[0]
     assert each[1].startswith("In the run `digits-again`, the model misnames")
     short = " ".join(page.summary(found, beds).split())
-    assert "35.5 % (-12.0 [-50.1, +26.1] points, 2 runs of 2 seeds)." in short
+    assert "35.5 % (-12.0 [-50.1, +26.1] points, 2 runs of the same 2 seeds)." in short
     blocks = page.blocks(found, beds)
     assert blocks.keys() == {"findings", "digits", "digits-again"}
 
