@@ -60,7 +60,8 @@ def blocks(runs: list[Run], earlier: Run | None = None, gpu: Run | None = None) 
 def suite_block(suite: str, groups: Groups) -> str:
     """Summary and tables of a suite."""
     summary = SUMMARIES.get(suite, lambda _: [])(groups)
-    return "\n\n".join([*summary, _losses(groups), tables_of(suite, groups)])
+    lost = _larger(groups) if suite == "memory" else _losses(groups)
+    return "\n\n".join([*summary, lost, tables_of(suite, groups)])
 
 
 def tables_of(suite: str, groups: Groups) -> str:
@@ -111,6 +112,20 @@ def _losses(groups: Groups) -> str:
     if not faster:
         return "No other contestant is faster than ours in these cases."
     return "\n".join(["**Ours is slower** in these cases (theirs / ours):", "", *faster])
+
+
+def _larger(groups: Groups) -> str:
+    """Peers that need less memory than ours, with the range of theirs / ours."""
+    found: dict[str, list[float]] = {}
+    for entries in groups.values():
+        ours = next(entry.bytes for entry in entries if entry.contestant == "ours")
+        for entry in entries:
+            if entry.is_peer and entry.bytes < ours:
+                found.setdefault(entry.contestant, []).append(entry.bytes / ours)
+    if not found:
+        return "No other contestant needs less memory than ours in these cases."
+    lines = [f"- {name}: {min(r):.2f}x to {max(r):.2f}x" for name, r in found.items()]
+    return "\n".join(["**Ours needs more memory** than (theirs / ours):", "", *lines])
 
 
 def _head_summary(groups: Groups) -> list[str]:

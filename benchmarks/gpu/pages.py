@@ -84,7 +84,7 @@ def where_block(check: Check) -> str:
         "GEMMs / ours", "busy / busy", "ours in u", "TFLOP/s of the GEMMs",
     )  # fmt: skip
     spread = f"{min(clocks):+.0f} to {max(clocks):+.0f} %" if clocks else "-"
-    error = f"Error of a column (wall time of the bare GEMMs less busy time): {spread}."
+    error = f"Error of a column: {spread} (wall time of the bare GEMMs less their busy time)."
     return f"{table(columns, rows)}\n\n{error}"
 
 
