@@ -4,7 +4,7 @@ import prose
 import pytest
 
 AREAS = ["README.md", "docs", "examples", "realign", "realign_kernels", "csrc", "benchmarks"]
-AREAS += ["experiments"]
+AREAS += ["experiments", "tests", "CHANGELOG.md", "CONTRIBUTING.md"]
 
 
 @pytest.mark.parametrize("area", AREAS)

@@ -185,8 +185,8 @@ def sentences(text: str) -> list[str]:
 
 
 def words(sentence: str) -> list[str]:
-    """Words with a letter; figures and signs do not count."""
-    return [w for w in sentence.split() if re.search(r"[A-Za-z]", w)]
+    """Words with a letter; figures, signs and settings such as a=b do not count."""
+    return [w for w in sentence.split() if re.search(r"[A-Za-z]", w) and "=" not in w]
 
 
 def banned(text: str, listed: dict[str, str]) -> Iterator[tuple[str, str]]:
