@@ -18,7 +18,7 @@ from realign_kernels import objectives
 
 TUNED = ("lora", "full")
 DTYPES = ("auto", "fp32", "bf16")
-ATTENTIONS = ("auto", "tree", "sdpa", "eager", "flex", "flash")
+ATTENTIONS = ("auto", "tree", "flash", "sdpa", "eager", "flex")
 
 HEADINGS = {
     "model": "Model",
@@ -53,7 +53,7 @@ METAVARS = {
 @dataclass
 class ModelConfig:
     model: str | None = None
-    """Folder or hub name of a vision-language model. Without it the shipped digits model is
+    """Folder or Hub name of a vision-language model. Without it the shipped digits model is
     trained."""
     tune: str = "lora"
     """Weights to train: 'lora' trains adapters on all linear layers of the language model, 'full'

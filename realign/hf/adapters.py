@@ -48,7 +48,7 @@ def split(model: Any) -> tuple[PreTrainedModel, nn.Module | None]:
     vlm = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(vlm, PreTrainedModel):
         raise ValueError(
-            f"model is a {type(model).__name__}. Give a folder, a hub name, a model of "
+            f"model is a {type(model).__name__}. Give a folder, a Hub name, a model of "
             "transformers, or a PeftModel around one."
         )
     return vlm, model if isinstance(model, PeftModel) or _has_adapters(vlm) else None

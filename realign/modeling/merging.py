@@ -35,7 +35,7 @@ _MERGED_TOLERANCE = 1e-2
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """The base model of an adapter, given its folder or hub name; None for a whole model.
+    """The base model of an adapter, given its folder or Hub name; None for a whole model.
 
     Raises:
         ValueError: for a folder without a model, an adapter of an unsupported kind, and a base that
@@ -50,7 +50,7 @@ def adapter_base(path: str | Path) -> str | None:
     if not base:
         raise ValueError(
             f"{where} names no base: base_model_name_or_path is {base!r}. Set it to the folder or "
-            "hub name of the model that the adapter was trained on."
+            "Hub name of the model that the adapter was trained on."
         )
     local = Path(base).is_dir()
     if config.revision and not local:
@@ -61,7 +61,7 @@ def adapter_base(path: str | Path) -> str | None:
     if not local and (base[0] in "./~" or base.count("/") > 1):
         raise ValueError(
             f"{where} names the base {base!r}, and there is no such folder in {Path.cwd()}. "
-            "Set base_model_name_or_path to its absolute path or hub name."
+            "Set base_model_name_or_path to its absolute path or Hub name."
         )
     if find_file(base, _CONFIGS[1]) is not None:
         raise ValueError(
@@ -111,19 +111,19 @@ def check_folder(path: str | Path) -> None:
             )
     raise ValueError(
         f"{folder} holds no model: there is no {' or '.join(_CONFIGS)} in it. Pass a folder that "
-        "save_pretrained wrote, or the name of a model on the hub."
+        "save_pretrained wrote, or the name of a model on the Hub."
     )
 
 
 def find_file(path: str | Path, name: str) -> str | None:
-    """The path of the file `name` in a folder or a model on the hub; None if it is missing."""
+    """The path of the file `name` in a folder or a model on the Hub; None if it is missing."""
     if Path(path).is_dir():
         file = Path(path, name)
         return str(file) if file.is_file() else None
     return _remote_file(str(path), name)
 
 
-@functools.cache  # avoids a request to the hub per call
+@functools.cache  # avoids a request to the Hub per call
 def _remote_file(repository: str, name: str) -> str | None:
     try:
         return cached_file(
@@ -133,7 +133,7 @@ def _remote_file(repository: str, name: str) -> str | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except OSError:  # an invalid hub name, which loading reports
+    except OSError:  # an invalid Hub name, which loading reports
         return None
 
 

@@ -253,7 +253,7 @@ class PairsConfig:
 
     @property
     def base(self) -> str:
-        """Folder or hub name of the vision-language model."""
+        """Folder or Hub name of the vision-language model."""
         return self.model or str(ASSETS)
 
     @property

@@ -152,7 +152,7 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
 
 
 def base_of(config: TrainConfig) -> str:
-    """Folder or hub name of the model to train.
+    """Folder or Hub name of the model to train.
 
     Raises:
         ValueError: when it is an adapter, and the run would add another one to it.

@@ -202,7 +202,7 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
         ),
         (
             ["--attention", "math"],
-            "attention is 'math'; it must be one of auto, tree, sdpa, eager, flex, flash",
+            "attention is 'math'; it must be one of auto, tree, flash, sdpa, eager, flex",
         ),
         (["--quiet", "--log-every", "5"], "log_every would have no effect with --quiet"),
         (["--tune", "full", "--cache-vision"], "cache_vision keeps.* Leave it out, or add --tune"),
