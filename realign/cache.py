@@ -82,7 +82,7 @@ class FillConfig:
     max_response_tokens: int = 1024
     """Longest response, in tokens. A longer response is an error and is never truncated."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest. 0 selects the length of the longest tree."""
+    """Maximum number of tokens in a row of the forest. 0 selects the length of the longest tree."""
     batch_rows: int = 32
     """Rows in one forward pass."""
     fsdp: bool = False

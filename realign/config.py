@@ -96,11 +96,11 @@ class DataConfig:
     pairs: str | None = None
     """Parquet file or folder of preference pairs. Without it pairs of digits are built."""
     max_response_tokens: int = 1024
-    """Most tokens in a response. A longer response is an error that names its record. Responses are
-    never cut."""
+    """Maximum number of tokens in a response. A longer response is an error that names its record.
+    Responses are never cut."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest. 0 chooses by attention: one row for a whole forward
-    ('tree'), at least 8192 ('flex'), or the longest tree (the others)."""
+    """Maximum number of tokens in a row of the forest. 0 chooses by attention: one row for a whole
+    forward ('tree'), at least 8192 ('flex'), or the longest tree (the others)."""
 
     def __post_init__(self) -> None:
         _positive("max_response_tokens", self.max_response_tokens)

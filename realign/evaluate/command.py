@@ -345,7 +345,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--prompt", default=CAPTION, metavar="TEXT", help="Prompt for a caption.")
     command.add_argument(
-        "--max-tokens", type=int, default=512, metavar="N", help="Most tokens of a caption."
+        "--max-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="Maximum number of tokens in a caption.",
     )
     command.add_argument(
         "--most", type=int, default=500, metavar="N", help="Images to sample. 0 uses all images."

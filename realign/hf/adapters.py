@@ -207,7 +207,7 @@ def load(holder: nn.Module, folder: Path) -> None:
     """Load all adapters that `save` has written into a holder of the same adapters.
 
     Raises:
-        ValueError: if an adapter is missing, or has other settings or weights, with its name.
+        ValueError: if an adapter is missing, or has different settings or weights, with its name.
     """
     for name, config in configs_of(holder).items():
         place = place_of(holder, folder, name)

@@ -64,7 +64,7 @@ def choose(
 
 
 def row_budget(implementation: str, examples: Sequence[Example]) -> int:
-    """Most tokens in a row of a forward over these examples, for `--row-tokens 0`.
+    """Maximum number of tokens in a row of a forward over these examples (`--row-tokens 0`).
 
     The cost of attention is quadratic in the row's length, unless masked pairs are skipped.
     """

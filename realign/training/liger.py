@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_TOLERANCE = 1e-4  # relative, fp32; another norm offset, or GELU in the MLP, is off by > 0.01
+_TOLERANCE = 1e-4  # relative, fp32; a different norm offset, or GELU in the MLP, is off by > 0.01
 
 
 def check(device: torch.device) -> None:

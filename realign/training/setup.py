@@ -71,7 +71,7 @@ def load_inputs(
         attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`.
         meta: build the model without weights, which rank 0 will send.
         train_vision: whether the vision tower is trained.
-        max_response_tokens: most tokens in a response. A longer one is an error.
+        max_response_tokens: maximum number of tokens in a response. A longer one is an error.
         progress: whether to show a progress bar.
 
     Raises:
