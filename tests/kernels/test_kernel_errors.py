@@ -92,7 +92,8 @@ MISTAKES = {
     "label V": (
         head,
         {"labels": torch.tensor([1, -100, 11, 3, 12, 0])},
-        r"labels: 2 outside \[0, 11\), first 11 at flat row 2\. .* ignore_index \(-100\)",
+        r"2 labels are outside \[0, 11\)\. The first is 11, in flat row 2\. "
+        r"Labels must be token ids, or ignore_index \(-100\)\.",
     ),
     "device": (head, {"labels": torch.arange(6, device="meta")}, r"labels is on meta. .* to cpu"),
     "temperature": (head, {"temperature": 0.0}, r"temperature must be finite and > 0, got 0.0"),
