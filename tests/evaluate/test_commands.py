@@ -83,7 +83,9 @@ def test_an_answer_with_unusual_line_ends_is_one_line(questions, tmp_path):
 
 def test_answers_of_two_models_are_not_mixed(questions, tmp_path):
     _ask(Counting(), questions, tmp_path)
-    with pytest.raises(ValueError, match="holds answers for a different model. Name another --output"):
+    with pytest.raises(
+        ValueError, match="holds answers for a different model. Name another --output"
+    ):
         _ask(Counting(), questions, tmp_path, model="other")
     with pytest.raises(ValueError, match="holds answers for a different suffix"):
         _ask(Counting(), questions, tmp_path, suffix="!")
