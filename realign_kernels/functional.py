@@ -297,7 +297,7 @@ def rdpo_loss(
             linear_logprobs.
 
     Returns:
-        The loss, () or (B,) with reduction="none"; log-probs, rewards and token counts, (3, B) each.
+        The loss, and the log-probs, rewards and token counts of the responses, each (3, B).
 
     Raises:
         ValueError: shapes, dtypes, devices or settings are invalid, a label is outside [0, V), or a

@@ -78,7 +78,7 @@ MISTAKES = {
     "weight on meta": (head, {"weight": torch.zeros(11, 8, device="meta")}, "weight is on meta"),
     "hidden on meta": (head, {"hidden": torch.zeros(6, 8, device="meta")}, "weight is on cpu. Mov"),
     "bias on meta": (head, {"bias": torch.zeros(11, device="meta")}, "bias is on meta"),
-    "no tokens": (head, {"weight": torch.zeros(0, 8)}, r"labels: 6 outside \[0, 0\)"),
+    "no tokens": (head, {"weight": torch.zeros(0, 8)}, r"6 labels are outside \[0, 0\)"),
     "scalar": (head, {"hidden": torch.tensor(1.0)}, r"hidden \(\) must be \(..., H"),
     "weight transposed": (head, {"weight": torch.randn(8, 11)}, r"hidden \(6, 8\) .* \(8, 11\)"),
     "bias": (head, {"bias": torch.randn(8)}, r"bias \(8,\) must be \(11,\)"),
