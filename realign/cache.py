@@ -94,7 +94,7 @@ class FillConfig:
 
     def __post_init__(self) -> None:
         if self.pairs is None:
-            raise ValueError("pairs is missing. Pass the training file, --pairs FILE.")
+            raise ValueError("pairs is missing. Pass the training file.")
         self.dtype = resolve_dtype(self.dtype)
         if self.attention not in IMPLEMENTATIONS:
             names = ", ".join(IMPLEMENTATIONS)

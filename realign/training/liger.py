@@ -55,7 +55,7 @@ def use(layers: Iterable[nn.Module], device: torch.device) -> str:
             count[kind.__name__] = count.get(kind.__name__, 0) + 1
     if not count:
         raise ValueError(
-            "liger would have no effect: no RMSNorm or SwiGLU of the trained layers agrees with "
+            "--liger would have no effect: no RMSNorm or SwiGLU of the trained layers agrees with "
             "its kernels. Leave --liger out."
         )
     return "liger: " + ", ".join(f"{number} {name}" for name, number in sorted(count.items()))

@@ -62,7 +62,7 @@ LOCAL = "transformers:m"
             {"engine": LOCAL},
             "engine would have no effect with infill; add --refill prompt",
         ),
-        ({"share": 0.5, "segments": 0}, "share and segments both set"),
+        ({"share": 0.5, "segments": 0}, "--share and --segments both set"),
         (
             {"masker": LOCAL, "mask": "numbers"},
             "would have no effect with an engine as --masker",
@@ -72,7 +72,7 @@ LOCAL = "transformers:m"
             "would have no effect with an engine as --masker",
         ),
         ({"candidates": 2}, "candidates is 2 and would have no effect.* --judge"),
-        ({"candidates": 3, "k": 2, "margin": True}, "candidates is 3, but k is 2; it must"),
+        ({"candidates": 3, "k": 2, "margin": True}, "candidates is 3, but --k is 2; it must"),
         (
             {
                 "data": "x",

@@ -122,7 +122,7 @@ def test_settings_and_models_that_cannot_be_trained(pairs_file, tmp_path, capsys
         (["--max-response-tokens", "5"], r"chosen response has 17 tokens; the limit is 5"),
         (["--pairs", tmp_path / "none.parquet"], "there is nothing at"),
         (["--pairs", empty], "holds no records"),
-        (["--cpu-offload"], "cpu_offload would have no effect: there is no GPU"),
+        (["--cpu-offload"], "--cpu-offload would have no effect: there is no GPU"),
         (["--attention", "flex"], "attention is 'flex', whose kernels have a backward on CUDA"),
     ]
     ranks = ["--fsdp", "--nproc-per-node", "2", "--dry-run"]
