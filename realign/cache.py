@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"error: unknown command {command!r}. The commands are {', '.join(COMMANDS)}.",
             file=sys.stderr,
         )
-        return 2
+        return 1
     silence_third_party()
     sections = {"cache": CacheConfig} | ({"fill": FillConfig} if command == "fill" else {})
     try:

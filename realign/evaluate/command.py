@@ -152,9 +152,16 @@ def compare(args: argparse.Namespace) -> str:
     """Compare the answers of two models to the same questions. Single files may have any names.
 
     Raises:
+        FileNotFoundError: if a path does not exist.
         ValueError: for answers to different questions, or without labels.
     """
     paths = [Path(args.first), Path(args.second)]
+    for argument, path in zip(("FIRST", "SECOND"), paths, strict=True):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{argument}: there is no answers file or folder {path}. Pass the "
+                "--output of a run."
+            )
     single = not any(path.is_dir() for path in paths)
     name = " -> ".join(dict.fromkeys(path.stem for path in paths)) if single else None
     first, second = (_labelled(path, name) for path in paths)

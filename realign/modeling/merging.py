@@ -58,7 +58,7 @@ def adapter_base(path: str | Path) -> str | None:
             f"{where} names revision {config.revision!r} of its base {base}, and revisions are not "
             "supported. Download it, and set base_model_name_or_path to its folder."
         )
-    if not local and (base[0] in "./~" or base.count("/") > 1):
+    if _is_missing_folder(base):
         raise ValueError(
             f"{where} names the base {base!r}, and there is no such folder in {Path.cwd()}. "
             "Set base_model_name_or_path to its absolute path or Hub name."
@@ -94,11 +94,16 @@ def _read_config(file: Path) -> PeftConfig:
 
 
 def check_folder(path: str | Path) -> None:
-    """Reject a folder without a model, such as a run's folder or one of several adapters.
+    """Reject a missing folder and one without a model, such as a run's folder.
 
     Raises:
         ValueError: for such a folder. The message names the models in folders below it.
     """
+    if _is_missing_folder(str(path)):
+        raise ValueError(
+            f"there is no folder {path}. Pass a folder that holds a model, or the name of a model "
+            "on the Hub."
+        )
     folder = Path(path)
     if not folder.is_dir() or any((folder / name).exists() for name in _CONFIGS):
         return
@@ -113,6 +118,13 @@ def check_folder(path: str | Path) -> None:
         f"{folder} holds no model: there is no {' or '.join(_CONFIGS)} in it. Pass a folder that "
         "save_pretrained wrote, or the name of a model on the Hub."
     )
+
+
+def _is_missing_folder(name: str) -> bool:
+    """Whether a name can only be a path, and nothing is there. A name on the Hub is OWNER/NAME."""
+    is_path = name[:1] in tuple("./~") or name.count("/") > 1
+    first, slash, _ = name.partition("/")
+    return not Path(name).exists() and (is_path or bool(slash) and Path(first).is_dir())
 
 
 def find_file(path: str | Path, name: str) -> str | None:

@@ -156,7 +156,7 @@ def test_the_error_of_a_rank_is_one_line(pairs_file, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--fsdp", "--replicas", "2"], "replicas is 2, which does not divide 1 ranks"),
+        (["--fsdp", "--replicas", "2"], "--replicas is 2, which does not divide 1 ranks"),
         (["--liger"], "liger needs CUDA, and there is no GPU"),
     ],
 )

@@ -117,7 +117,7 @@ def test_settings_and_models_that_cannot_be_trained(pairs_file, tmp_path, capsys
     write_pairs(empty, [])
     cases = [
         (["--model", text_only(tmp_path / "llama")], "text-only model"),
-        (["--model", tmp_path / "nowhere"], "no model could be loaded from"),
+        (["--model", tmp_path / "nowhere"], "there is no folder"),
         (["--objective", "kto"], "objective is 'kto'; it must be one of dpo, rdpo, mdpo"),
         (["--max-response-tokens", "5"], r"chosen response has 17 tokens; the limit is 5"),
         (["--pairs", tmp_path / "none.parquet"], "there is nothing at"),

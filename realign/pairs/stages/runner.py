@@ -222,7 +222,7 @@ class Runner:
         raise RunError(
             f"{len(entries)} of {counted(self.outcome.records, 'records')} cannot be used, more "
             f"than --max-bad {self.max_bad:g} allows ({shown}). For example, record "
-            f"{example.record!r}{detail}. All are listed in {self.rejected}. Fix the data or the "
+            f"{example.record!r}{detail}. The full list is in {self.rejected}. Fix the data or the "
             "engine, or raise --max-bad, and run again."
         )
 
