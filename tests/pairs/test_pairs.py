@@ -148,7 +148,10 @@ def test_the_command_reports_invalid_records_in_one_error(tmp_path, own, change,
     [
         (["--k", "0"], "--k is 0"),
         (["--data", "no/such/file"], "there is nothing at no/such/file"),
-        (["--data", "no/such/file", "--model", "no/such/model"], "from no/such/model"),
+        (
+            ["--data", "no/such/file", "--model", "no/such/model"],
+            "there is no folder no/such/model",
+        ),
         (["--data", "rows.parquet"], "rows.parquet lacks the column(s) images."),
     ],
 )
