@@ -82,7 +82,7 @@ class FillConfig:
     max_response_tokens: int = 1024
     """Longest response, in tokens. A longer response is an error and is never truncated."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest. 0 selects the length of the longest tree."""
+    """Maximum number of tokens in a row of the forest. 0 selects the length of the longest tree."""
     batch_rows: int = 32
     """Rows in one forward pass."""
     fsdp: bool = False
@@ -94,7 +94,7 @@ class FillConfig:
 
     def __post_init__(self) -> None:
         if self.pairs is None:
-            raise ValueError("pairs is missing. Pass the training file, --pairs FILE.")
+            raise ValueError("pairs is missing. Pass the training file.")
         self.dtype = resolve_dtype(self.dtype)
         if self.attention not in IMPLEMENTATIONS:
             names = ", ".join(IMPLEMENTATIONS)
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"error: unknown command {command!r}. The commands are {', '.join(COMMANDS)}.",
             file=sys.stderr,
         )
-        return 2
+        return 1
     silence_third_party()
     sections = {"cache": CacheConfig} | ({"fill": FillConfig} if command == "fill" else {})
     try:

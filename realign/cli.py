@@ -190,7 +190,22 @@ def parse_sections(
     for key, value in flags.items():
         section, name = key.split(".")
         values[section][name] = value
-    return {name: cls(**values[name]) for name, cls in sections.items()}
+    return {name: _built(cls, values[name]) for name, cls in sections.items()}
+
+
+def _built(cls: type, values: dict[str, Any]) -> Any:
+    """An instance of `cls`. An error that begins with the name of a field names the flag instead.
+
+    Raises:
+        ValueError: for an invalid value.
+    """
+    try:
+        return cls(**values)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in _names(cls):
+            raise
+        raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
 
 
 def _add_flags(
@@ -226,12 +241,24 @@ def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[
     try:
         text = file.read_bytes().decode("utf-8-sig")
         content = tomllib.loads(text)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--config: there is no file {file}. Check the path.") from None
+    except OSError as error:
+        raise ValueError(
+            f"--config: {file} cannot be read ({error.strerror}). Name a TOML file."
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         json = " It looks like JSON. Write [section] and key = value." * (text.lstrip()[:1] == "{")
         raise ValueError(f"{file} is not valid TOML: {error}.{json}") from error
     for section, table in content.items():
+        if section not in sections and not isinstance(table, dict):
+            homes = [name for name, cls in sections.items() if section in _names(cls)]
+            remedy = (
+                f"Put it under [{homes[0]}]" if homes else f"The sections are {', '.join(sections)}"
+            )
+            raise ValueError(f"{file}: key {section!r} is outside a section. {remedy}.")
         if section not in sections:
             raise ValueError(f"{file}: unknown section [{section}]; use {', '.join(sections)}.")
         if not isinstance(table, dict):
@@ -239,7 +266,7 @@ def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[
                 f"{file}: {section} is {repr(table)}, not a section. Write [{section}]."
             )
         cls = sections[section]
-        names = [f.name for f in fields(cls)]
+        names = _names(cls)
         for name, value in table.items():
             if name not in names:
                 raise ValueError(
@@ -256,6 +283,10 @@ def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[
                     f"{kind.__name__}."
                 )
             values[section][name] = value
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in fields(cls)]
 
 
 def _wrapped(text: str, width: int) -> list[str]:

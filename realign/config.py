@@ -18,7 +18,7 @@ from realign_kernels import objectives
 
 TUNED = ("lora", "full")
 DTYPES = ("auto", "fp32", "bf16")
-ATTENTIONS = ("auto", "tree", "sdpa", "eager", "flex", "flash")
+ATTENTIONS = ("auto", "tree", "flash", "sdpa", "eager", "flex")
 
 HEADINGS = {
     "model": "Model",
@@ -53,7 +53,7 @@ METAVARS = {
 @dataclass
 class ModelConfig:
     model: str | None = None
-    """Folder or hub name of a vision-language model. Without it the shipped digits model is
+    """Folder or Hub name of a vision-language model. Without it the shipped digits model is
     trained."""
     tune: str = "lora"
     """Weights to train: 'lora' trains adapters on all linear layers of the language model, 'full'
@@ -80,15 +80,16 @@ class ModelConfig:
         _one_of("attention", self.attention, ATTENTIONS)
         if self.attention == "flash" and self.dtype == "fp32":
             raise ValueError(
-                "attention is 'flash', which computes in half precision only, and dtype is 'fp32'. "
+                "attention is 'flash', which computes in half precision only, and --dtype is "
+                "'fp32'. "
                 "Add --dtype bf16, or use --attention tree."
             )
         _positive("lora_rank", self.lora_rank)
         _positive("lora_alpha", self.lora_alpha)
         if self.tune == "lora" and self.train_vision:
-            _no_effect("train_vision", "LoRA trains the language model only", "--tune full")
+            _no_effect("train_vision", "LoRA trains the language model only", "add --tune full")
         if self.tune == "full" and (self.lora_rank, self.lora_alpha) != (128, 256.0):
-            _no_effect("lora_rank or lora_alpha", "there is no LoRA", "--tune lora")
+            _no_effect("--lora-rank or --lora-alpha", "there is no LoRA", "use --tune lora")
 
 
 @dataclass
@@ -96,11 +97,11 @@ class DataConfig:
     pairs: str | None = None
     """Parquet file or folder of preference pairs. Without it pairs of digits are built."""
     max_response_tokens: int = 1024
-    """Most tokens in a response. A longer response is an error that names its record. Responses are
-    never cut."""
+    """Maximum number of tokens in a response. A longer response is an error that names its record.
+    Responses are never cut."""
     row_tokens: int = 0
-    """Most tokens in a row of the forest. 0 chooses by attention: one row for a whole forward
-    ('tree'), at least 8192 ('flex'), or the longest tree (the others)."""
+    """Maximum number of tokens in a row of the forest. 0 chooses by attention: one row for a whole
+    forward ('tree'), at least 8192 ('flex'), or the longest tree (the others)."""
 
     def __post_init__(self) -> None:
         _positive("max_response_tokens", self.max_response_tokens)
@@ -124,7 +125,9 @@ class LossConfig:
         _not_negative("visual_weight", self.visual_weight)
         weighted = "visual_weight" in objectives.settings(self.objective)
         if not weighted and self.visual_weight != 1.0:
-            _no_effect("visual_weight", f"{self.objective} has no such weight", "--objective rdpo")
+            _no_effect(
+                "visual_weight", f"{self.objective} has no such weight", "use --objective rdpo"
+            )
 
 
 @dataclass
@@ -180,10 +183,10 @@ class ScaleConfig:
         _positive("replicas", self.replicas)
         for name, default in (("nproc_per_node", 0), ("replicas", 1)):
             if getattr(self, name) != default and not self.fsdp:
-                _no_effect(name, "one process trains", "--fsdp")
+                _no_effect(name, "one process trains", "add --fsdp")
         if self.liger and self.compile:
             raise ValueError(
-                "liger and compile both fuse the operations of a layer. Leave one of them out."
+                "--liger and --compile both fuse the operations of a layer. Leave one of them out."
             )
 
     @property
@@ -247,11 +250,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.run.merge and self.model.tune == "full":
-            _no_effect("merge", "there is no adapter to merge", "--tune lora")
+            _no_effect("--merge", "there is no adapter to merge", "use --tune lora")
         if self.run.cache_vision and self.model.tune == "full":
             raise ValueError(
-                "cache_vision keeps image features for the whole run, and --tune full trains "
-                "the layers that compute them. Leave it out, or add --tune lora."
+                "--cache-vision keeps image features for the whole run, and --tune full trains "
+                "the layers that compute them. Leave it out, or use --tune lora."
             )
         if self.model.attention == "auto":
             self.model.attention = "tree"
@@ -319,4 +322,4 @@ def _not_negative(name: str, value: float) -> None:
 
 
 def _no_effect(name: str, why: str, remedy: str) -> None:
-    raise ValueError(f"{name} would have no effect: {why}. Leave it out, or add {remedy}.")
+    raise ValueError(f"{name} would have no effect: {why}. Leave it out, or {remedy}.")

@@ -141,7 +141,15 @@ def track(items: Iterable[_Item], title: str, unit: str, *, quiet: bool = False)
 
 def totals(count: int, unit: str, seconds: float) -> str:
     """Count, time and rate of a finished loop."""
-    return f"{count:,} {unit} in {duration(seconds)} ({speed(count / max(seconds, 1e-9))}/s)"
+    rate = speed(count / max(seconds, 1e-9))
+    return f"{counted(count, unit)} in {duration(seconds)} ({rate}/s)"
+
+
+def counted(count: int, unit: str) -> str:
+    """A count with its unit, which is given in the plural: 1 record, 2,000 records."""
+    if count == 1:
+        unit = "leaf" if unit == "leaves" else unit.removesuffix("s")
+    return f"{count:,} {unit}"
 
 
 def speed(rate: float) -> str:

@@ -276,11 +276,33 @@ def rdpo_loss(
 
         -log sigmoid(beta (s(w,v) - s(l,v))) - visual_weight log sigmoid(beta (s(w,v) - s(w,v')))
 
-    Axis 0 is chosen, rejected, visual (w under v'). The other arguments are those of
-    linear_preference_loss.
+    Args:
+        hidden: (3, B, T, H) hidden states in fp32, fp64, bf16 or fp16. Axis 0 is chosen, rejected,
+            visual (w under v'). With sequence_ids, (N, H) rows in any order.
+        weight: (V, H) weight of the head, of the same dtype.
+        labels: (3, B, T) or (N,) next token of each row. Rows with ignore_index are skipped.
+        reference_logps: (3, B) log-prob of each response under the reference model, without
+            gradient.
+        sequence_ids: (N,) number of each row's sequence, variant * B + example.
+        beta: factor of the log-ratios s, above 0.
+        visual_weight: weight of the visual term. 0 leaves DPO.
+        bias: (V,) bias of the head.
+        softcap: cap of the logits, softcap * tanh(logits / softcap), as in Gemma 2.
+        temperature: divides the logits.
+        ignore_index: label of rows to skip.
+        chunk_rows: rows per chunk of logits. The default depends on device and vocabulary.
+        reduction: over examples, "mean", "sum" or "none".
+        token_weights: factor of each token's log-prob, of the shape of labels.
+        group: process group over whose ranks the head is split by vocabulary, as in
+            linear_logprobs.
+
+    Returns:
+        The loss, and the log-probs, rewards and token counts of the responses, each (3, B).
 
     Raises:
-        ValueError, NonFiniteError: as for linear_preference_loss.
+        ValueError: shapes, dtypes, devices or settings are invalid, a label is outside [0, V), or a
+            sequence has no label to score.
+        NonFiniteError: a log-prob, its derivative or a reference is NaN or infinite.
     """
     plain = type(beta) is float and type(visual_weight) is float
     known = plain and not torch.compiler.is_compiling()  # Dynamo warns about lru_cache

@@ -77,18 +77,21 @@ def check_rows(
         return
     causes = []
     if not hidden[~finite].isfinite().all():
-        causes.append("hidden holds NaN or inf in them")
+        causes.append("hidden holds NaN or inf in these rows")
     if not head.weight.isfinite().all():
         causes.append("weight holds NaN or inf")
     if head.bias is not None and not head.bias.isfinite().all():
         causes.append("bias holds NaN or inf")
-    where = "" if head.shard is None else " on this rank (other shards may hold NaN or inf)"
-    reason = ", ".join(causes) or (
-        f"hidden, weight and bias are finite{where}, so the logits overflow {hidden.dtype}. "
-        "Look for exploding activations, or use bfloat16"
-    )
+    if causes:
+        reason = f"{'. '.join(causes)}. Check the inputs and the weights of the model."
+    else:
+        where = "" if head.shard is None else " on this rank (other shards may hold NaN or inf)"
+        reason = (
+            f"hidden, weight and bias are finite{where}, so the logits overflow {hidden.dtype}. "
+            "Look for exploding activations, or use bfloat16."
+        )
     rows = _places(index, ~finite)
-    raise NonFiniteError(f"log-probs are not finite in rows {first_few(rows)}: {reason}", rows)
+    raise NonFiniteError(f"log-probs are not finite in rows {first_few(rows)}. {reason}", rows)
 
 
 def check_tables(

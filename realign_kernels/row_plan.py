@@ -72,9 +72,10 @@ def scored_rows(
     if _any_outside(scored, vocabulary):
         outside = (scored.view(np.uint64) >= vocabulary).nonzero()[0]
         first = outside[0] if rows is None else rows[outside[0]]
+        verb = "label is" if len(outside) == 1 else "labels are"
         raise ValueError(
-            f"labels: {len(outside)} outside [0, {vocabulary}), first {labels[first]} at flat row "
-            f"{first}. Rows to skip must hold ignore_index ({ignore_index})."
+            f"{len(outside)} {verb} outside [0, {vocabulary}). The first is {labels[first]}, in "
+            f"flat row {first}. Labels must be token ids, or ignore_index ({ignore_index})."
         )
     return scored, rows
 

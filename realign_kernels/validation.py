@@ -181,7 +181,7 @@ def check_integer(name: str, values: Tensor) -> None:
     """Check that a tensor has an integer dtype.
 
     Raises:
-        ValueError: it has another dtype.
+        ValueError: it has a different dtype.
     """
     if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {values.dtype}. Use .long().")
@@ -191,7 +191,7 @@ def check_device(hidden: Tensor, *, host: bool = False, **tensors: Tensor | None
     """Check that tensors are on the device of hidden, or with `host` on the CPU.
 
     Raises:
-        ValueError: a tensor is on another device.
+        ValueError: a tensor is on a different device.
     """
     for name, tensor in tensors.items():
         if tensor is None or tensor.device == hidden.device:

@@ -199,8 +199,8 @@ def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
     row = {key: value for key, value in row.items() if not _is_empty(value)}
     if isinstance(text := row.get("text"), str) and not {"chosen", "prompt"} & row.keys():
         row |= _json_object(text)  # RLHF-V: question, chosen and rejected
-    if "question" in row:
-        row.setdefault("prompt", row["question"])
+    if not _is_empty(question := row.get("question")) and "prompt" not in row:
+        row["prompt"] = question if isinstance(question, str) else messages_of(question, "question")
     dialogues = [key for key in _DIALOGUES if key in row]
     if not dialogues:
         return row

@@ -92,7 +92,7 @@ def _claim(folder: Path, config: DemoConfig) -> None:
     """Record the settings in the folder, so that a demo of the same settings resumes.
 
     Raises:
-        ValueError: if the folder holds another demo, or matplotlib is missing.
+        ValueError: if the folder holds a different demo, or matplotlib is missing.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the report needs matplotlib. Install it: pip install 'realign[demo]'.")
@@ -101,8 +101,8 @@ def _claim(folder: Path, config: DemoConfig) -> None:
     file = folder / "demo.json"
     if file.exists() and json.loads(file.read_text()) != settings:
         raise ValueError(
-            f"{folder} holds a demo with other settings or another base. Remove it, or name "
-            "another --output."
+            f"{folder} holds a demo with different settings or a different base. Remove it, or "
+            "name another --output."
         )
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n")

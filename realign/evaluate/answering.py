@@ -78,12 +78,12 @@ def prepare(
         images: folder of the images. A file name outside of it is an error.
         output: JSON-lines file of the answers.
         model: folder or name of the model. A folder is also identified by its files.
-        max_tokens: most tokens in an answer.
+        max_tokens: maximum number of tokens in an answer.
         suffix: text appended to every question.
 
     Raises:
         ValueError: for repeated ids, a missing image, or an `output` that cannot be written or
-            holds answers of another model or to other questions.
+            holds answers of a different model or to different questions.
     """
     if len({question.id for question in questions}) != len(questions):
         raise ValueError(f"the questions of {output.stem} do not have distinct ids.")
@@ -98,7 +98,7 @@ def prepare(
             question.image,
         ):
             raise ValueError(
-                f"{output} answers another question under the id {question.id!r}. Name another "
+                f"{output} answers a different question under the id {question.id!r}. Name another "
                 "--output."
             )
     _check_images(sheet)
@@ -180,7 +180,7 @@ def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if head.get("asked") != asked:
         changed = [n for n, v in asked.items() if head.get("asked", {}).get(n) != v]
         raise ValueError(
-            f"{output} holds answers for another {', '.join(changed)}. Name another --output."
+            f"{output} holds answers for a different {', '.join(changed)}. Name another --output."
         )
     text = output.read_text(encoding="utf-8")
     if not text.endswith("\n"):

@@ -152,9 +152,16 @@ def compare(args: argparse.Namespace) -> str:
     """Compare the answers of two models to the same questions. Single files may have any names.
 
     Raises:
+        FileNotFoundError: if a path does not exist.
         ValueError: for answers to different questions, or without labels.
     """
     paths = [Path(args.first), Path(args.second)]
+    for argument, path in zip(("FIRST", "SECOND"), paths, strict=True):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{argument}: there is no answers file or folder {path}. Pass the "
+                "--output of a run."
+            )
     single = not any(path.is_dir() for path in paths)
     name = " -> ".join(dict.fromkeys(path.stem for path in paths)) if single else None
     first, second = (_labelled(path, name) for path in paths)
@@ -345,7 +352,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--prompt", default=CAPTION, metavar="TEXT", help="Prompt for a caption.")
     command.add_argument(
-        "--max-tokens", type=int, default=512, metavar="N", help="Most tokens of a caption."
+        "--max-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="Maximum number of tokens in a caption.",
     )
     command.add_argument(
         "--most", type=int, default=500, metavar="N", help="Images to sample. 0 uses all images."

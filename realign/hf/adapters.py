@@ -48,7 +48,7 @@ def split(model: Any) -> tuple[PreTrainedModel, nn.Module | None]:
     vlm = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(vlm, PreTrainedModel):
         raise ValueError(
-            f"model is a {type(model).__name__}. Give a folder, a hub name, a model of "
+            f"model is a {type(model).__name__}. Give a folder, a Hub name, a model of "
             "transformers, or a PeftModel around one."
         )
     return vlm, model if isinstance(model, PeftModel) or _has_adapters(vlm) else None
@@ -207,7 +207,7 @@ def load(holder: nn.Module, folder: Path) -> None:
     """Load all adapters that `save` has written into a holder of the same adapters.
 
     Raises:
-        ValueError: if an adapter is missing, or has other settings or weights, with its name.
+        ValueError: if an adapter is missing, or has different settings or weights, with its name.
     """
     for name, config in configs_of(holder).items():
         place = place_of(holder, folder, name)

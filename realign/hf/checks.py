@@ -53,7 +53,7 @@ def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) ->
     """Check the given processor. None loads the processor of the model's folder.
 
     Raises:
-        ValueError: if it is not a processor of images and text, or belongs to another model.
+        ValueError: if it is not a processor of images and text, or belongs to a different model.
     """
     remedy = "Give the model's processor, as returned by AutoProcessor.from_pretrained(...)."
     if processor is None:
@@ -76,7 +76,7 @@ def checked_processor(processor: Any, path: str | Path, vlm: PreTrainedModel) ->
     ids = {getattr(part, "image_token_id", image) for part in (processor, processor.tokenizer)}
     if tokens > rows or image not in ids:
         raise ValueError(
-            f"processing_class belongs to another model. {kind} has {tokens} tokens and image "
+            f"processing_class belongs to a different model. {kind} has {tokens} tokens and image "
             f"token {min(ids)}, and the model ({vlm.config.model_type}) has {rows} and {image}. "
             f"{remedy}"
         )

@@ -27,8 +27,8 @@ class RDPOConfig(TrainingArguments):
         objective: one of `realign_kernels.objectives.PRESETS`.
         beta: beta of the objective. A larger beta keeps the model closer to the reference model.
         visual_weight: weight of the visual term, for objectives that have one.
-        max_response_tokens: most tokens in a response. A longer response is an error.
-        row_tokens: most tokens in a row of the forest. 0 chooses by the attention.
+        max_response_tokens: maximum number of tokens in a response. A longer response is an error.
+        row_tokens: maximum number of tokens in a row of the forest. 0 chooses by the attention.
         reference_cache: folder of reference log-probs. The default is $REALIGN_CACHE/reference, or
             ~/.cache/realign/reference.
         learning_rate: peak learning rate. The default is the paper's.

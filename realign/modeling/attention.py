@@ -44,7 +44,7 @@ def choose(
     """
     if attention == "flex" and device.type != "cuda":
         raise ValueError(
-            "attention is 'flex', whose kernels have a backward on CUDA only, and there is no "
+            "--attention is 'flex', whose kernels have a backward on CUDA only, and there is no "
             "GPU. Use --attention sdpa."
         )
     if attention not in ("tree", "flash"):
@@ -52,7 +52,7 @@ def choose(
     missing = varlen_attention.missing(device, dtype)
     if attention == "flash" and missing:
         raise ValueError(
-            "attention is 'flash', which needs torch's flash kernel in fp16 or bf16, and "
+            "--attention is 'flash', which needs torch's flash kernel in fp16 or bf16, and "
             f"{missing}. Use --attention tree."
         )
     if not missing:
@@ -64,7 +64,7 @@ def choose(
 
 
 def row_budget(implementation: str, examples: Sequence[Example]) -> int:
-    """Most tokens in a row of a forward over these examples, for `--row-tokens 0`.
+    """Maximum number of tokens in a row of a forward over these examples (`--row-tokens 0`).
 
     The cost of attention is quadratic in the row's length, unless masked pairs are skipped.
     """

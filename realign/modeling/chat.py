@@ -83,8 +83,8 @@ class ChatTemplate:
             images: number of images in the prompt.
 
         Raises:
-            Malformed: when a text holds a special token, messages place another number of images,
-                or the template rejects, drops or changes a message.
+            Malformed: when a text holds a special token, messages place a different number of
+                images, or the template rejects, drops or changes a message.
         """
         typed = place_images(messages, images, self.tags)
         for text in (text for message in typed for text in (message["role"], *texts_of(message))):
@@ -129,7 +129,7 @@ class ChatTemplate:
         rendered, text = self._render([*prompt.messages, _answer(answer)]), answer.strip()
         if not rendered.startswith(prompt.text):
             raise Malformed(
-                f"the chat template writes another prompt before its {name}.", _FIX_TEMPLATE
+                f"the chat template writes a different prompt before its {name}.", _FIX_TEMPLATE
             )
         body = rendered[len(prompt.text) :]
         parts = [*_around(body, text)]

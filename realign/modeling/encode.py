@@ -29,7 +29,7 @@ def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
 
     Raises:
         RecordError: when the objective takes several visual negatives, and a record has fewer than
-            two or another number than the first record.
+            two or a different number than the first record.
     """
     accepted = objectives.settings(loss.objective)
     settings = {"beta": loss.beta}
@@ -80,9 +80,10 @@ def encode_records(
         processor: the model's processor; it must have a chat template.
         objective: defines the (response, image) leaves of an example.
         layout: layout of the model.
-        max_response_tokens: most tokens in a response. A longer one is an error, and never cut.
-        max_tokens: most tokens in prompt and response together. More is an error, since cutting a
-            prompt could cut image tokens.
+        max_response_tokens: maximum number of tokens in a response. A longer one is an error, and
+            is never cut.
+        max_tokens: maximum number of tokens in prompt and response together. More is an error,
+            since cutting a prompt could cut image tokens.
         progress: whether to show a progress bar.
         on_bad: called with each unusable record and its error. The record is then skipped.
 

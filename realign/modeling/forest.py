@@ -187,9 +187,9 @@ def build_batch(
     Args:
         examples: the examples; all have the same number of leaves.
         store: their images, and the layout of the model.
-        row_tokens: most tokens in a row, raised to the longest root with one leaf if necessary. A
-            root whose leaves do not fit in one row is repeated. No effect without sharing, where a
-            row is a root with one leaf.
+        row_tokens: maximum number of tokens in a row, raised to the longest root with one leaf if
+            necessary. A root whose leaves do not fit in one row is repeated. No effect without
+            sharing, where a row is a root with one leaf.
         pad_id: token id of unused columns.
         shared: whether leaves share their root. None shares if the model supports it.
 

@@ -114,7 +114,7 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
         if getattr(text, name, None) not in (None, 1):
             raise ValueError(
                 f"the model scales its logits ({name} = {getattr(text, name)}), which the loss "
-                "does not support. Use a model of another type."
+                "does not support. Use a model of a different type."
             )
     rope_index = getattr(vlm.model, "get_rope_index", None)
     names = inspect.signature(rope_index).parameters if rope_index else ()

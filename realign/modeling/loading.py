@@ -1,4 +1,4 @@
-"""Loading of models and processors from folders and hub names, and LoRA adapters.
+"""Loading of models and processors from folders and Hub names, and LoRA adapters.
 
 Weights are read only from safetensors files. Code that comes with a model is never run.
 """
@@ -58,10 +58,10 @@ def load_model(
     *,
     meta: bool = False,
 ) -> PreTrainedModel:
-    """Load a vision-language model from a folder or hub name. Adapters are merged into their base.
+    """Load a vision-language model from a folder or Hub name. Adapters are merged into their base.
 
     Args:
-        path: folder or hub name.
+        path: folder or Hub name.
         dtype: dtype of the weights.
         attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`. For a
             model whose attention has a softcap, eager replaces sdpa, tree and flash.
@@ -92,7 +92,7 @@ def load_trained(
     """Load a final model for inference: full weights, or a base with its adapter, unmerged.
 
     Args:
-        path: folder or hub name.
+        path: folder or Hub name.
         dtype: compute dtype. An adapter's weights stay in fp32, as PEFT keeps them.
         auto: the auto class of transformers that loads the model.
 
@@ -126,7 +126,7 @@ def _from_pretrained(
 
     Args:
         auto_class: an auto class of transformers.
-        path: folder or hub name.
+        path: folder or Hub name.
         adapter: the adapter whose base `path` is, if any.
         options: further arguments.
     """
@@ -152,11 +152,11 @@ def _from_pretrained(
             raise ValueError(
                 f"no model could be loaded from {path}, the base that {adapter} names ({reason}). "
                 "Set base_model_name_or_path in adapter_config.json to the base's absolute path or "
-                "hub name."
+                "Hub name."
             ) from error
         raise ValueError(
             f"no model could be loaded from {path} ({reason}). Pass a folder that holds a Hugging "
-            "Face model with its processor, or the name of one on the hub."
+            "Face model with its processor, or the name of one on the Hub."
         ) from error
 
 

@@ -35,7 +35,7 @@ _MERGED_TOLERANCE = 1e-2
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """The base model of an adapter, given its folder or hub name; None for a whole model.
+    """The base model of an adapter, given its folder or Hub name; None for a whole model.
 
     Raises:
         ValueError: for a folder without a model, an adapter of an unsupported kind, and a base that
@@ -50,7 +50,7 @@ def adapter_base(path: str | Path) -> str | None:
     if not base:
         raise ValueError(
             f"{where} names no base: base_model_name_or_path is {base!r}. Set it to the folder or "
-            "hub name of the model that the adapter was trained on."
+            "Hub name of the model that the adapter was trained on."
         )
     local = Path(base).is_dir()
     if config.revision and not local:
@@ -58,10 +58,10 @@ def adapter_base(path: str | Path) -> str | None:
             f"{where} names revision {config.revision!r} of its base {base}, and revisions are not "
             "supported. Download it, and set base_model_name_or_path to its folder."
         )
-    if not local and (base[0] in "./~" or base.count("/") > 1):
+    if _is_missing_folder(base):
         raise ValueError(
             f"{where} names the base {base!r}, and there is no such folder in {Path.cwd()}. "
-            "Set base_model_name_or_path to its absolute path or hub name."
+            "Set base_model_name_or_path to its absolute path or Hub name."
         )
     if find_file(base, _CONFIGS[1]) is not None:
         raise ValueError(
@@ -94,11 +94,16 @@ def _read_config(file: Path) -> PeftConfig:
 
 
 def check_folder(path: str | Path) -> None:
-    """Reject a folder without a model, such as a run's folder or one of several adapters.
+    """Reject a missing folder and one without a model, such as a run's folder.
 
     Raises:
         ValueError: for such a folder. The message names the models in folders below it.
     """
+    if _is_missing_folder(str(path)):
+        raise ValueError(
+            f"there is no folder {path}. Pass a folder that holds a model, or the name of a model "
+            "on the Hub."
+        )
     folder = Path(path)
     if not folder.is_dir() or any((folder / name).exists() for name in _CONFIGS):
         return
@@ -111,19 +116,26 @@ def check_folder(path: str | Path) -> None:
             )
     raise ValueError(
         f"{folder} holds no model: there is no {' or '.join(_CONFIGS)} in it. Pass a folder that "
-        "save_pretrained wrote, or the name of a model on the hub."
+        "save_pretrained wrote, or the name of a model on the Hub."
     )
 
 
+def _is_missing_folder(name: str) -> bool:
+    """Whether a name can only be a path, and nothing is there. A name on the Hub is OWNER/NAME."""
+    is_path = name[:1] in tuple("./~") or name.count("/") > 1
+    first, slash, _ = name.partition("/")
+    return not Path(name).exists() and (is_path or bool(slash) and Path(first).is_dir())
+
+
 def find_file(path: str | Path, name: str) -> str | None:
-    """The path of the file `name` in a folder or a model on the hub; None if it is missing."""
+    """The path of the file `name` in a folder or a model on the Hub; None if it is missing."""
     if Path(path).is_dir():
         file = Path(path, name)
         return str(file) if file.is_file() else None
     return _remote_file(str(path), name)
 
 
-@functools.cache  # avoids a request to the hub per call
+@functools.cache  # avoids a request to the Hub per call
 def _remote_file(repository: str, name: str) -> str | None:
     try:
         return cached_file(
@@ -133,7 +145,7 @@ def _remote_file(repository: str, name: str) -> str | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except OSError:  # an invalid hub name, which loading reports
+    except OSError:  # an invalid Hub name, which loading reports
         return None
 
 

@@ -146,7 +146,7 @@ class ForestModel(nn.Module):
             owners = batch.sequence_ids[error.rows] % batch.examples
             names = sorted({batch.names[i] for i in owners.tolist()})
             raise NonFiniteRecords(
-                f"record(s) {', '.join(names)}: {error}. Nothing was updated. If one record is "
+                f"record(s) {', '.join(names)}: {error} Nothing was updated. If one record is "
                 "named, check its image and text. If all are, check the model's weights."
             ) from error
 

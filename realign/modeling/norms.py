@@ -22,8 +22,8 @@ _TOLERANCE = 1e-5  # relative, in fp32; a norm that adds 1 to its weight is off 
 def use(model: nn.Module) -> None:
     """Replace the forward of plain RMSNorm modules in `model` by `F.rms_norm`.
 
-    The first module of every class is tested on a random input. A class with another result keeps
-    its own forward, for example one that adds 1 to its weight.
+    The first module of every class is tested on a random input. A class with a different result
+    keeps its own forward, for example one that adds 1 to its weight.
     """
     plain: dict[type, bool] = {}
     for module in model.modules():

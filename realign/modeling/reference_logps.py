@@ -27,7 +27,7 @@ from realign.progress import Progress
 from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
 
 _LAYOUT = "forest-4"
-"""Version of the forward; changed when the same leaf would get another log-prob."""
+"""Version of the forward; changed when the same leaf would get a different log-prob."""
 
 _NO_EFFECT = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
@@ -152,7 +152,7 @@ def fill(
         model: the reference, on `device`.
         examples: the forests of the data set.
         store: the images of the data set.
-        row_tokens: most tokens in a row of the forest.
+        row_tokens: maximum number of tokens in a row of the forest.
         batch_rows: rows in one forward.
         device: device of the model.
         adapters: whether adapters in the model are part of the reference. If not, they are off.

@@ -37,7 +37,7 @@ class Sequences(NamedTuple):
             zero.
         root_ends: (S' + 1,) int32, ends in `roots` of these trees, after a zero.
         longest: tokens of the longest causal sequence.
-        longest_more: most tokens of further leaves in a tree.
+        longest_more: maximum number of tokens of further leaves in a tree.
         longest_root: tokens of the longest root in `roots`.
     """
 

@@ -189,8 +189,8 @@ class PairsConfig:
             raise ValueError("share is 0.0; it must be above 0 and at most 1.")
         if not self.floor < self.ceiling:
             raise ValueError(
-                f"floor is {self.floor} and ceiling is {self.ceiling}, which leaves no neighbour. "
-                "The floor must be below the ceiling."
+                f"floor is {self.floor} and --ceiling is {self.ceiling}, which leaves no "
+                "neighbour. The floor must be below the ceiling."
             )
 
     def _check_effects(self) -> None:
@@ -208,12 +208,12 @@ class PairsConfig:
         if self.engine is not None and self.refill != "prompt":
             raise ValueError("engine would have no effect with infill; add --refill prompt.")
         if self.share is not None and self.segments != 1:
-            raise ValueError("share and segments both set how much to hide. Give one of them.")
+            raise ValueError("--share and --segments both set how much to hide. Give one of them.")
         by_engine = self.masker not in MASKERS
         if by_engine and (self.mask or self.segments != 1 or self.share is not None):
             raise ValueError(
-                "mask, segments and share are settings of the rules and would have no effect with "
-                "an engine as --masker. Remove them."
+                "--mask, --segments and --share are settings of the rules and would have no effect "
+                "with an engine as --masker. Remove them."
             )
         needs_candidates = self.judge is not None or self.margin or self.similarity != "lexical"
         if self.candidates > 1 and not needs_candidates:
@@ -223,7 +223,7 @@ class PairsConfig:
             )
         if self.candidates > self.k:
             raise ValueError(
-                f"candidates is {self.candidates}, but k is {self.k}; it must be at most k."
+                f"candidates is {self.candidates}, but --k is {self.k}; it must be at most --k."
             )
         model_is_used = self.embed_model is None or self.refill == "infill" or self.margin
         if self.model is not None and not model_is_used and self.engine is not None:
@@ -253,7 +253,7 @@ class PairsConfig:
 
     @property
     def base(self) -> str:
-        """Folder or hub name of the vision-language model."""
+        """Folder or Hub name of the vision-language model."""
         return self.model or str(ASSETS)
 
     @property

@@ -98,7 +98,9 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
         ValueError: for a file without pairs.
     """
     if work is not None and not Path(work).is_dir():
-        raise FileNotFoundError(f"work is {str(work)!r}, which is not a folder.")
+        raise FileNotFoundError(
+            f"work {str(work)!r} is not a folder. Give the work folder of the run."
+        )
     values: dict[str, list[float]] = {name: [] for name in (*_NUMBERS.values(), *_TEXT)}
     duplicates = dict.fromkeys([*_DUPLICATES, "their own image as the negative"], 0)
     seen: set[tuple[str, bytes]] = set()

@@ -48,7 +48,7 @@ def export_trained(
         model: the trained module, sharded or not.
         adapter: the PEFT model around `model.vlm` if LoRA was trained, or None.
         processor: saved beside the weights.
-        base: folder or hub name of the base model.
+        base: folder or Hub name of the base model.
         merged: merge the adapter into the base and write whole weights, in the base's dtype.
         card: returns the text of its README.md; called on rank 0.
 
@@ -88,7 +88,7 @@ def export_whole(
     The model card is copied, except for an adapter's card by another trainer.
 
     Args:
-        model: folder of an adapter or a whole model, or a name on the hub.
+        model: folder of an adapter or a whole model, or a name on the Hub.
         folder: folder to write.
         dtype: dtype of the weights; the base's if absent.
         evaluation: Markdown for the section "Evaluation" of the card.

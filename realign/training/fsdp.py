@@ -39,13 +39,13 @@ def check(scale: ScaleConfig, device: torch.device, ranks: int) -> None:
     """
     if ranks % scale.replicas:
         raise ValueError(
-            f"replicas is {scale.replicas}, which does not divide {ranks} ranks. Choose a divisor "
-            f"of {ranks}."
+            f"--replicas is {scale.replicas}, which does not divide {ranks} ranks. Choose a "
+            f"divisor of {ranks}."
         )
     if scale.cpu_offload and device.type == "cpu":
         raise ValueError(
-            "cpu_offload would have no effect: there is no GPU, so all tensors are in host memory "
-            "already. Leave it out."
+            "--cpu-offload would have no effect: there is no GPU, so all tensors are in host "
+            "memory already. Leave it out."
         )
     if scale.liger:
         liger.check(device)

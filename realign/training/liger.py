@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_TOLERANCE = 1e-4  # relative, fp32; another norm offset, or GELU in the MLP, is off by > 0.01
+_TOLERANCE = 1e-4  # relative, fp32; a different norm offset, or GELU in the MLP, is off by > 0.01
 
 
 def check(device: torch.device) -> None:
@@ -55,7 +55,7 @@ def use(layers: Iterable[nn.Module], device: torch.device) -> str:
             count[kind.__name__] = count.get(kind.__name__, 0) + 1
     if not count:
         raise ValueError(
-            "liger would have no effect: no RMSNorm or SwiGLU of the trained layers agrees with "
+            "--liger would have no effect: no RMSNorm or SwiGLU of the trained layers agrees with "
             "its kernels. Leave --liger out."
         )
     return "liger: " + ", ".join(f"{number} {name}" for name, number in sorted(count.items()))

@@ -65,7 +65,7 @@ class Trace(TorchDispatchMode):
 
 
 def live_peak(events: Sequence[tuple[int, int]]) -> int:
-    """Most bytes alive at one time."""
+    """Maximum bytes alive at one time."""
     live = peak = 0
     for _, size in events:
         live += size

@@ -65,10 +65,14 @@ def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tens
 
 
 def legend(entry: dict[str, Any]) -> str:
-    """The line above the lines of the steps, which explains their columns."""
-    sides = "of the text side, then of the visual side" if "rewards/visual_margins" in entry else ""
-    pairs = f"margin and acc: reward margin and accuracy {sides}".rstrip()
-    return f"{pairs}; grad: gradient norm; GiB: peak memory"
+    """The lines above the lines of the steps, which explain their columns."""
+    visual = "rewards/visual_margins" in entry
+    sides = " of the text side, then of the visual side" if visual else ""
+    mfu = " mfu: share of the peak FLOP/s." if "mfu" in entry else ""
+    return (
+        f"margin, acc: reward margin and accuracy{sides}.\n"
+        f"grad: gradient norm. lr: learning rate. tok/s: tokens per second.{mfu} GiB: peak memory."
+    )
 
 
 def step_line(entry: dict[str, Any], total: int) -> str:

@@ -68,12 +68,12 @@ def model_card(
     digests: Mapping[str, str],
     last: Mapping[str, float],
 ) -> str:
-    """The text of a README.md for the hub and `huggingface_hub.ModelCard`.
+    """The text of a README.md for the Hub and `huggingface_hub.ModelCard`.
 
     Args:
         objective: name of the objective.
         settings: further settings, shown unchanged.
-        base: folder or hub name of the model that was trained. A folder is shown by its name only.
+        base: folder or Hub name of the model that was trained. A folder is shown by its name only.
         adapter: whether the folder holds an adapter instead of a whole model.
         records: number of preference records.
         images: number of distinct images in them.

@@ -146,16 +146,16 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
     changed += [f"the {name}" for name, digest in digests.items() if identity.get(name) != digest]
     if changed:
         raise ValueError(
-            f"the run in {output} has other settings. Changed: {', '.join(changed)}. Resume it "
+            f"the run in {output} has different settings. Changed: {', '.join(changed)}. Resume it "
             "with its own settings, or name another --output."
         )
 
 
 def base_of(config: TrainConfig) -> str:
-    """Folder or hub name of the model to train.
+    """Folder or Hub name of the model to train.
 
     Raises:
-        ValueError: when it is an adapter, and the run would add another one to it.
+        ValueError: when it is an adapter, and the run would add a second one to it.
     """
     base = config.model.model or str(ASSETS)
     if adapter_base(base) and config.model.tune == "lora" and not config.run.merge:

@@ -44,7 +44,7 @@ def rank_slice(batch_size: int, rank: int, ranks: int) -> slice:
     """
     if batch_size % ranks:
         raise ValueError(
-            f"batch_size {batch_size} does not divide among {ranks} ranks. Choose a multiple of "
+            f"--batch-size {batch_size} does not divide among {ranks} ranks. Choose a multiple of "
             f"{ranks}."
         )
     return slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)

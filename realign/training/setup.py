@@ -34,7 +34,7 @@ from realign_kernels import Objective, ReferenceCache
 class Inputs:
     """A model and the examples to train it on."""
 
-    base: str  # folder (absolute) or hub name of the model
+    base: str  # folder (absolute) or Hub name of the model
     processor: Any
     model: ForestModel
     objective: Objective
@@ -63,7 +63,7 @@ def load_inputs(
     """Load a model and encode the pairs for it.
 
     Args:
-        base: folder or hub name of the model, or of an adapter.
+        base: folder or Hub name of the model, or of an adapter.
         pairs: Parquet file or folder.
         loss: defines the responses and images that an example needs.
         dtype: compute dtype.
@@ -71,7 +71,7 @@ def load_inputs(
         attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`.
         meta: build the model without weights, which rank 0 will send.
         train_vision: whether the vision tower is trained.
-        max_response_tokens: most tokens in a response. A longer one is an error.
+        max_response_tokens: maximum number of tokens in a response. A longer one is an error.
         progress: whether to show a progress bar.
 
     Raises:

@@ -46,7 +46,7 @@ class NonFiniteStep(distributed.CommonError):
         loss, norm = metrics["loss"], metrics["grad_norm"]
         super().__init__(
             f"step {step}: loss {loss}, gradient norm {norm}. {cause} Nothing was updated, and "
-            "checkpoints are kept. Train with other settings in another --output."
+            "checkpoints are kept. Train with different settings in another --output."
         )
 
 
@@ -81,7 +81,8 @@ class Feed:
         references: (L, examples) fp32 log-probs of the reference.
         store: the images.
         attention: name of the attention implementation in transformers.
-        row_tokens: most tokens in a row; 0 chooses by attention (`attention.row_budget`).
+        row_tokens: maximum number of tokens in a row. 0 chooses by attention
+            (`attention.row_budget`).
         device: device of the forward. For CUDA, results are in pinned memory.
     """
 

@@ -85,15 +85,18 @@ def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
             "dtype is 'fp8'; it must be one of auto, fp32, bf16",
         ),
         (["fill", "--pairs", "x", "--objective", "kto"], "objective is 'kto'"),
-        (["fill", "--pairs", "x", "--batch-rows", "0"], "batch_rows is 0; it must be 1 or more"),
+        (["fill", "--pairs", "x", "--batch-rows", "0"], "--batch-rows is 0; it must be 1 or more"),
         (["fill", "--pairs", "nowhere.parquet"], "there is nothing at"),
-        (["fill", "--pairs", "x", "--nproc-per-node", "-1"], "nproc_per_node is -1; it must be 0"),
+        (
+            ["fill", "--pairs", "x", "--nproc-per-node", "-1"],
+            "--nproc-per-node is -1; it must be 0",
+        ),
         (["verify", "--reference-cache", "nowhere"], "there is no folder nowhere. Check --ref"),
         (["full"], "unknown command 'full'. The commands are fill, stats, verify, compact"),
     ],
 )
 def test_mistakes_of_the_commands(words, message, capsys):
-    assert cache.main(words) in (1, 2)
+    assert cache.main(words) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
 

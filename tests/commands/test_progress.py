@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from realign import progress
-from realign.progress import Progress, clock, duration, speed, track
+from realign.progress import Progress, clock, counted, duration, speed, totals, track
 
 
 class Terminal:
@@ -105,3 +105,8 @@ def test_numbers_and_times_are_short():
     assert [duration(s) for s in (0.04, 9.96, 59.4, 59.6, 303, 7260)] == [
         "0.0 s", "10 s", "59 s", "1 min 0 s", "5 min 3 s", "2 h 1 min",
     ]  # fmt: skip
+
+
+def test_one_item_is_singular():
+    assert totals(1, "records", 2.0) == "1 record in 2.0 s (0.5/s)"
+    assert counted(1, "leaves") == "1 leaf" and counted(2000, "leaves") == "2,000 leaves"

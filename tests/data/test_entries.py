@@ -205,6 +205,8 @@ BAD = {  # problem: (columns, message)
     "prompt of white space": (PLAIN | {"prompt": " \n"}, "prompt is empty"),
     "prompt of tags": (PLAIN | {"prompt": "<image>\n"}, "prompt is empty"),
     "number": (PLAIN | {"chosen": 3}, "its chosen is 3, neither text nor messages"),
+    "number as question": ({"question": 3, "chosen": "a", "rejected": "b"},
+                           "its question is 3, neither text nor messages"),
     "NaN": (PLAIN | {"rejected": math.nan}, "its rejected is nan"),
     "bool": (PLAIN | {"prompt": True}, "its prompt is True"),
     "bytes": (PLAIN | {"chosen": b"An apple."}, "its chosen is 9 bytes"),

@@ -49,4 +49,4 @@ def test_demo_writes_its_table_and_image_once(tmp_path, capfd, monkeypatch):
     assert "evaluating" not in capfd.readouterr().out
     assert [curve.read_bytes() for curve in curves] == before
     assert demo.main(["--output", str(folder), *SMALL, "--seeds", "2"]) == 1
-    assert "holds a demo with other settings" in capfd.readouterr().err
+    assert "holds a demo with different settings" in capfd.readouterr().err

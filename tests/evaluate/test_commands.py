@@ -83,12 +83,14 @@ def test_an_answer_with_unusual_line_ends_is_one_line(questions, tmp_path):
 
 def test_answers_of_two_models_are_not_mixed(questions, tmp_path):
     _ask(Counting(), questions, tmp_path)
-    with pytest.raises(ValueError, match="holds answers for another model. Name another --output"):
+    with pytest.raises(
+        ValueError, match="holds answers for a different model. Name another --output"
+    ):
         _ask(Counting(), questions, tmp_path, model="other")
-    with pytest.raises(ValueError, match="holds answers for another suffix"):
+    with pytest.raises(ValueError, match="holds answers for a different suffix"):
         _ask(Counting(), questions, tmp_path, suffix="!")
     changed = [answering.Question("0", "9 ?", "0.png"), *questions[1:]]
-    with pytest.raises(ValueError, match="answers another question under the id '0'"):
+    with pytest.raises(ValueError, match="answers a different question under the id '0'"):
         _ask(Counting(), changed, tmp_path)
 
 
@@ -239,7 +241,10 @@ def test_a_model_is_handed_off_merged(pairs_file, tmp_path, capsys):
     ("words", "message"),
     [
         (["cider"], "unknown command 'cider'. The commands are pope, chair"),
-        (["compare", "a", "a"], "No such file"),
+        (
+            ["compare", "a", "a"],
+            "error: FIRST: there is no answers file or folder a. Pass the --output of a run.",
+        ),
     ],
 )
 def test_bad_commands_are_named(words, message, capsys, tmp_path, monkeypatch):

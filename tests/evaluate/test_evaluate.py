@@ -152,7 +152,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--scenes", "0"], "scenes is 0"),
-        (["--batch-size", "-1"], "batch_size is -1"),
+        (["--batch-size", "-1"], "--batch-size is -1"),
         (["--model", "no/such/model-folder"], "no/such/model-folder"),
     ],
 )

@@ -100,6 +100,6 @@ REFUSED = {
     "its own mistake": (_turn("m.content / 2"), r"cannot render its messages \(TypeError"),
     "another prompt for some": (
         "{{ 'careful' if '&' in messages[-1].content }}" + _turn(),
-        "writes another prompt before its response",
+        "writes a different prompt before its response",
     ),
 }

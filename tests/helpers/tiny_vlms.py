@@ -79,7 +79,7 @@ def random_record(
 ) -> Record:
     """A record of random words, with `images` images and `negatives` times as many retrieved ones.
 
-    Every image has another size. `check_prompt` checks that the prompt places the images.
+    Each image has a different size. `check_prompt` checks that the prompt places the images.
     """
     chosen = random_text(rng, 2, 9)
     while (rejected := random_text(rng, 2, 9)) == chosen:

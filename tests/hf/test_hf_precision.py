@@ -140,7 +140,11 @@ def test_unsuitable_processors_are_rejected(records, tmp_path):
         (model_in(torch.float32), processor.tokenizer, "has no tokenizer. Give the model's proc"),
         (model_in(torch.float32), processor.image_processor, "has no tokenizer. Give the model"),
         (model_in(torch.float32), bare, "without a chat template"),
-        (model_in(torch.float32), foreign, "to another model. Qwen2_5_VLProcessor has .* tokens"),
+        (
+            model_in(torch.float32),
+            foreign,
+            "to a different model. Qwen2_5_VLProcessor has .* tokens",
+        ),
         (unnamed, None, "processing_class is None, and the model has no name. Give the model's"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -163,7 +163,9 @@ def test_chunks_of_fused_rows(fused):
     torch.testing.assert_close(leaf.grad.double(), grad, rtol=1e-4, atol=1e-6)
     bad = hidden.clone()
     bad[7] = float("nan")
-    with pytest.raises(rk.NonFiniteError, match="hidden holds NaN"):
+    with pytest.raises(
+        rk.NonFiniteError, match="hidden holds NaN or inf in these rows. Check the inputs"
+    ):
         rk.linear_logprobs(bad.requires_grad_(), weight, labels)
 
 

@@ -140,9 +140,12 @@ def test_log_probs_whose_sum_overflows_are_finite(frozen):
 
 def test_labels_out_of_range_are_found_in_each_place():
     for labels, found in (
-        ([3, 50, 0, -1], "2 outside .0, 50., first 50 at flat row 1"),
-        ([3, -100, 0, -1], "1 outside .0, 50., first -1 at flat row 3"),
-        ([-100, -(2**63), 7, 2**63 - 1], f"2 outside .0, 50., first -{2**63} at flat row 1"),
+        ([3, 50, 0, -1], "2 labels are outside .0, 50.. The first is 50, in flat row 1"),
+        ([3, -100, 0, -1], "1 label is outside .0, 50.. The first is -1, in flat row 3"),
+        (
+            [-100, -(2**63), 7, 2**63 - 1],
+            f"2 labels are outside .0, 50.. The first is -{2**63}, in flat row 1",
+        ),
     ):
         with pytest.raises(ValueError, match=found):
             row_plan.scored_rows(np.array(labels), 50, -100)

@@ -78,7 +78,7 @@ MISTAKES = {
     "weight on meta": (head, {"weight": torch.zeros(11, 8, device="meta")}, "weight is on meta"),
     "hidden on meta": (head, {"hidden": torch.zeros(6, 8, device="meta")}, "weight is on cpu. Mov"),
     "bias on meta": (head, {"bias": torch.zeros(11, device="meta")}, "bias is on meta"),
-    "no tokens": (head, {"weight": torch.zeros(0, 8)}, r"labels: 6 outside \[0, 0\)"),
+    "no tokens": (head, {"weight": torch.zeros(0, 8)}, r"6 labels are outside \[0, 0\)"),
     "scalar": (head, {"hidden": torch.tensor(1.0)}, r"hidden \(\) must be \(..., H"),
     "weight transposed": (head, {"weight": torch.randn(8, 11)}, r"hidden \(6, 8\) .* \(8, 11\)"),
     "bias": (head, {"bias": torch.randn(8)}, r"bias \(8,\) must be \(11,\)"),
@@ -92,7 +92,8 @@ MISTAKES = {
     "label V": (
         head,
         {"labels": torch.tensor([1, -100, 11, 3, 12, 0])},
-        r"labels: 2 outside \[0, 11\), first 11 at flat row 2\. .* ignore_index \(-100\)",
+        r"2 labels are outside \[0, 11\)\. The first is 11, in flat row 2\. "
+        r"Labels must be token ids, or ignore_index \(-100\)\.",
     ),
     "device": (head, {"labels": torch.arange(6, device="meta")}, r"labels is on meta. .* to cpu"),
     "temperature": (head, {"temperature": 0.0}, r"temperature must be finite and > 0, got 0.0"),

@@ -262,7 +262,7 @@ def test_not_finite(cpu_backend, place):
         with pytest.raises(rk.NonFiniteError, match=place) as caught:
             ours(case, needs, chunk_rows=2)
         found = caught.value.rows
-        assert f"in rows {found}: " in str(caught.value)
+        assert f"in rows {found}. " in str(caught.value)
         # An infinite logit is an error only in some rows, because -inf means probability 0.
         assert found == rows if math.isnan(value) else {*found} <= {*rows} and found
 

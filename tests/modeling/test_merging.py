@@ -332,3 +332,14 @@ def test_the_page_has_every_kind_of_peft():
     text = PAGE.read_text(encoding="utf-8").split("## Every kind")[1]
     names = {kind.split(",")[0] for kind in KINDS} | {kind.value for kind in OUTSIDE}
     assert [name for name in sorted(names) if name not in text] == []
+
+
+def test_a_missing_folder_is_refused_without_a_request(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(merging, "cached_file", None)  # a request would fail
+    for name in ("runs/none", "./none", "a/b/c", str(tmp_path / "none"), "~/none"):
+        with pytest.raises(ValueError, match=f"there is no folder {name}. Pass a folder"):
+            merging.adapter_base(name)
+    merging.check_folder("owner/name")  # a name on the Hub
+    merging.check_folder("gpt2")

@@ -126,9 +126,9 @@ def _yes(own):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_without_image, "allows: 1 read: no image; for example, record 'bare'"),
-        (_torn, "allows: 1 embed: corrupt; for example, record 'torn'"),
-        (_placed, "record 'odd' (its messages place 2 image(s), by image parts, and 1 are given."),
+        (_without_image, "allows (read: 1 no image). For example, record 'bare'"),
+        (_torn, "allows (embed: 1 corrupt). For example, record 'torn'"),
+        (_placed, "record 'odd': its messages place 2 image(s), by image parts, and 1 are given."),
         (_yes, "no record gave a pair; dropped 6 (6 nothing to mask). Name other kinds"),
         (lambda own: own[:1], "dropped 1 (1 no neighbour). Add images"),
         (lambda own: own[:1], " Without --model, the shipped digits model fills the gaps"),
@@ -146,9 +146,12 @@ def test_the_command_reports_invalid_records_in_one_error(tmp_path, own, change,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--k", "0"], "k is 0"),
+        (["--k", "0"], "--k is 0"),
         (["--data", "no/such/file"], "there is nothing at no/such/file"),
-        (["--data", "no/such/file", "--model", "no/such/model"], "from no/such/model"),
+        (
+            ["--data", "no/such/file", "--model", "no/such/model"],
+            "there is no folder no/such/model",
+        ),
         (["--data", "rows.parquet"], "rows.parquet lacks the column(s) images."),
     ],
 )

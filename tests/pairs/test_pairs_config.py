@@ -35,7 +35,7 @@ LOCAL = "transformers:m"
         ({"hash_distance": 64}, "hash_distance is 64; it must be from -1 to 63"),
         ({"max_bad": 1.5}, "max_bad is 1.5; it must be from 0 to 1"),
         ({"share": 0.0}, "share is 0.0; it must be above 0"),
-        ({"floor": 0.5, "ceiling": 0.5}, "floor is 0.5 and ceiling is 0.5, which leaves no"),
+        ({"floor": 0.5, "ceiling": 0.5}, "floor is 0.5 and --ceiling is 0.5, which leaves no"),
         ({"refill": "guess"}, "refill is 'guess'; it must be one of infill, prompt"),
         ({"negative": "mirror"}, "negative is 'mirror'; it must be one of retrieved, random"),
         ({"index": "lsh"}, "index is 'lsh'; it must be one of auto, exact, ivf, hnsw"),
@@ -62,7 +62,7 @@ LOCAL = "transformers:m"
             {"engine": LOCAL},
             "engine would have no effect with infill; add --refill prompt",
         ),
-        ({"share": 0.5, "segments": 0}, "share and segments both set"),
+        ({"share": 0.5, "segments": 0}, "--share and --segments both set"),
         (
             {"masker": LOCAL, "mask": "numbers"},
             "would have no effect with an engine as --masker",
@@ -72,7 +72,7 @@ LOCAL = "transformers:m"
             "would have no effect with an engine as --masker",
         ),
         ({"candidates": 2}, "candidates is 2 and would have no effect.* --judge"),
-        ({"candidates": 3, "k": 2, "margin": True}, "candidates is 3, but k is 2; it must"),
+        ({"candidates": 3, "k": 2, "margin": True}, "candidates is 3, but --k is 2; it must"),
         (
             {
                 "data": "x",

@@ -304,9 +304,10 @@ def test_more_bad_records_than_allowed_stop_the_run_until_they_are_repaired(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert (
-        "4 of 40 records cannot be used, more than --max-bad 0.05 allows: 4 embed: corrupt" in err
+        "4 of 40 records cannot be used, more than --max-bad 0.05 allows (embed: 4 corrupt). "
+        in err
     )
-    assert "for example, record 'scene-00001'" in err
+    assert "For example, record 'scene-00001'" in err
     assert {name for name, *_ in rejected_in(tmp_path)} == {f"scene-{i:05d}" for i in held}
     assert len(shard_times(stage_folder(tmp_path / "pairs.work", "embed"))) == 2  # not the third
     for i in (17, 18, 19):

@@ -98,7 +98,7 @@ def test_the_command_with_the_records_that_were_left_out(pairs, capsys):
     assert main([str(moved), "--work", str(elsewhere)]) == 0
     assert "records dropped: 4" in capsys.readouterr().out
     for arguments, problem in (
-        ([str(moved), "--work", str(work)], "pairs.work', which is not a folder"),
+        ([str(moved), "--work", str(work)], "pairs.work' is not a folder. Give the work folder"),
         ([str(pairs)], "there is no Parquet file at"),
     ):
         assert main(arguments) == 1 and problem in capsys.readouterr().err

@@ -290,7 +290,7 @@ def test_sentence_similarity_is_the_cosine(monkeypatch):
     assert values == pytest.approx([0, 3 / 10**0.5, 1, 2 / 5**0.5], abs=1e-6)
     assert measure._model.texts == ["a", "b", "aab", "ab"]  # each text is embedded once
     assert measure([]).shape == (0,)
-    with pytest.raises(ValueError, match=r"from none \(none is no model\). Pass a folder or a hub"):
+    with pytest.raises(ValueError, match=r"from none \(none is no model\). Pass a folder or a Hub"):
         SentenceSimilarity("none")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'realign\[sentences\]'"):

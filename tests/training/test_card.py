@@ -28,7 +28,7 @@ def test_exported_folders_have_cards_and_load_in_plain_transformers(pairs_file, 
         data = card.data.to_dict()
         assert data["pipeline_tag"] == "image-text-to-text" and "rdpo" in data["tags"]
         assert data["library_name"] == ("peft" if kind == "adapter" else "transformers")
-        assert "base_model" not in data  # a local folder is not a name on the hub
+        assert "base_model" not in data  # a local folder is not a name on the Hub
         text = card.text
         assert str(tmp_path) not in text and str(ASSETS) not in text
         assert "| objective | rdpo |" in text and "| beta | 0.1 |" in text

@@ -146,7 +146,8 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
             "[los]\nbeta = 0.1\n",
             r"unknown section \[los\]; use model, data, loss, optim, scale, run",
         ),
-        ("beta = 0.1\n", r"unknown section \[beta\]"),
+        ("beta = 0.1\n", r"key 'beta' is outside a section. Put it under \[loss\]\."),
+        ("betta = 0.1\n", "key 'betta' is outside a section. The sections are model, data, loss,"),
         ("[loss]\nbetta = 0.1\n", r"unknown key 'betta' in \[loss\]; it has objective, beta"),
         ('[loss]\nbeta = "0.1"\n', "loss.beta is '0.1'; it must be of type float"),
         ("[optim]\nbatch_size = 8.0\n", "optim.batch_size is 8.0; it must be of type int"),
@@ -158,7 +159,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
         ("[scale]\nfsdp = 1\n", "scale.fsdp is 1; it must be of type bool"),
         ("[model]\nmodel = 3\n", "model.model is 3; it must be of type str"),
         ("[loss\nbeta = 1\n", "run.toml is not valid TOML"),
-        ("[loss]\nbeta = 0\n", "beta is 0"),
+        ("[loss]\nbeta = 0\n", "^--beta is 0"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path, text, message):
@@ -169,8 +170,14 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no-such.toml"):
+    with pytest.raises(
+        FileNotFoundError, match="^--config: there is no file .*no-such.toml. Check"
+    ):
         config.parse(["--config", str(tmp_path / "no-such.toml")])
+    with pytest.raises(
+        ValueError, match="^--config: .* cannot be read .Is a directory.. Name a TOML"
+    ):
+        config.parse(["--config", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -187,31 +194,34 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
     ("arguments", "message"),
     [
         (["--objective", "ppo"], "objective is 'ppo'; it must be one of dpo, rdpo, mdpo"),
-        (["--clip", "-1"], "clip is -1.0; it must be finite and not negative"),
+        (["--clip", "-1"], "^--clip is -1.0; it must be finite and not negative"),
         (["--steps", "-3"], "steps is -3; it must be finite and not negative"),
         (["--warmup", "5"], "warmup is 5.0; it is a share"),
-        (["--learning-rate", "inf"], "learning_rate is inf"),
-        (["--train-vision"], "train_vision would have no effect.*--tune full"),
-        (["--objective", "dpo", "--visual-weight", "5"], "visual_weight would have no effect"),
-        (["--nproc-per-node", "3"], "nproc_per_node would have no effect.*--fsdp"),
-        (["--replicas", "2"], "replicas would have no effect.*--fsdp"),
-        (["--liger", "--compile"], "liger and compile both fuse"),
+        (["--learning-rate", "inf"], "^--learning-rate is inf"),
+        (["--train-vision"], "^--train-vision would have no effect.*--tune full"),
+        (["--objective", "dpo", "--visual-weight", "5"], "--visual-weight would have no effect"),
+        (["--nproc-per-node", "3"], "--nproc-per-node would have no effect.*--fsdp"),
+        (["--replicas", "2"], "--replicas would have no effect.*--fsdp"),
+        (["--liger", "--compile"], "--liger and --compile both fuse"),
         (
             ["--attention", "flash", "--dtype", "fp32"],
             "'flash', which computes in half.* Add --dtype bf16",
         ),
         (
             ["--attention", "math"],
-            "attention is 'math'; it must be one of auto, tree, sdpa, eager, flex, flash",
+            "attention is 'math'; it must be one of auto, tree, flash, sdpa, eager, flex",
         ),
-        (["--quiet", "--log-every", "5"], "log_every would have no effect with --quiet"),
-        (["--tune", "full", "--cache-vision"], "cache_vision keeps.* Leave it out, or add --tune"),
-        (["--tune", "full", "--merge"], "merge would have no effect"),
+        (["--quiet", "--log-every", "5"], "--log-every would have no effect with --quiet"),
+        (
+            ["--tune", "full", "--cache-vision"],
+            "--cache-vision keeps.* Leave it out, or use --tune",
+        ),
+        (["--tune", "full", "--merge"], "--merge would have no effect.* or use --tune lora"),
         (["--beta", "0"], "beta is 0.0; it must be finite and above 0"),
         (["--beta", "nan"], "beta is nan"),
         (["--tune", "qlora"], "tune is 'qlora'; it must be one of lora, full"),
         (["--dtype", "fp16"], "dtype is 'fp16'; it must be one of auto, fp32, bf16"),
-        (["--learning-rate", "-1"], "learning_rate is -1.0"),
+        (["--learning-rate", "-1"], "--learning-rate is -1.0"),
     ],
 )
 def test_a_bad_training_value_is_named(arguments, message):
@@ -222,8 +232,9 @@ def test_a_bad_training_value_is_named(arguments, message):
 def test_values_that_must_be_above_0():
     names = "replicas log_every batch_size keep micro_batch_size epochs lora_rank beta lora_alpha"
     for name in (*names.split(), "max_response_tokens"):
-        with pytest.raises(ValueError, match=rf"^{name} is 0(\.0)?; it must be finite and above 0"):
-            config.parse(["--fsdp", f"--{name.replace('_', '-')}", "0"])
+        flag = f"--{name.replace('_', '-')}"
+        with pytest.raises(ValueError, match=rf"^{flag} is 0(\.0)?; it must be finite and above 0"):
+            config.parse(["--fsdp", flag, "0"])
 
 
 @pytest.mark.parametrize("name", objectives.PRESETS)

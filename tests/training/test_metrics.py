@@ -21,7 +21,7 @@ from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
 from realign.train import main
 from realign.training import trackers
-from realign.training.metrics import step_line
+from realign.training.metrics import legend, step_line
 from realign.training.throughput import TIMING, WORK, cost_of, image_flop, peak_flops, work_of
 
 
@@ -109,6 +109,17 @@ def entry(step, loss=1.25, **more):
         "learning_rate": 5e-5, "tokens_per_second": 1234.5, "peak_memory_gib": 2.25,
     }  # fmt: skip
     return found | more
+
+
+def test_the_legend_of_the_steps():
+    assert legend(entry(1)) == (
+        "margin, acc: reward margin and accuracy of the text side, then of the visual side.\n"
+        "grad: gradient norm. lr: learning rate. tok/s: tokens per second. GiB: peak memory."
+    )
+    text = {name: v for name, v in entry(1, mfu=0.4).items() if "visual" not in name}
+    first, second = legend(text).split("\n")
+    assert first == "margin, acc: reward margin and accuracy."
+    assert "mfu: share of the peak FLOP/s." in second and len(second) <= 130
 
 
 def test_the_line_of_a_step():

@@ -149,14 +149,14 @@ def test_the_error_of_a_rank_is_one_line(pairs_file, tmp_path):
     process = Forked(*arguments(pairs_file, tmp_path, *more))
     shown = process.communicate(timeout=60)[1]
     lines = [line for line in shown.splitlines() if line.strip()]
-    assert lines[0].startswith("error: batch_size 7 does not divide among 2 ranks"), shown
+    assert lines[0].startswith("error: --batch-size 7 does not divide among 2 ranks"), shown
     assert process.returncode == 1 and "Traceback" not in shown
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--fsdp", "--replicas", "2"], "replicas is 2, which does not divide 1 ranks"),
+        (["--fsdp", "--replicas", "2"], "--replicas is 2, which does not divide 1 ranks"),
         (["--liger"], "liger needs CUDA, and there is no GPU"),
     ],
 )

@@ -117,18 +117,18 @@ def test_settings_and_models_that_cannot_be_trained(pairs_file, tmp_path, capsys
     write_pairs(empty, [])
     cases = [
         (["--model", text_only(tmp_path / "llama")], "text-only model"),
-        (["--model", tmp_path / "nowhere"], "no model could be loaded from"),
+        (["--model", tmp_path / "nowhere"], "there is no folder"),
         (["--objective", "kto"], "objective is 'kto'; it must be one of dpo, rdpo, mdpo"),
         (["--max-response-tokens", "5"], r"chosen response has 17 tokens; the limit is 5"),
         (["--pairs", tmp_path / "none.parquet"], "there is nothing at"),
         (["--pairs", empty], "holds no records"),
-        (["--cpu-offload"], "cpu_offload would have no effect: there is no GPU"),
-        (["--attention", "flex"], "attention is 'flex', whose kernels have a backward on CUDA"),
+        (["--cpu-offload"], "--cpu-offload would have no effect: there is no GPU"),
+        (["--attention", "flex"], "--attention is 'flex', whose kernels have a backward on CUDA"),
     ]
     ranks = ["--fsdp", "--nproc-per-node", "2", "--dry-run"]
     planned = [
-        ([*ranks, "--batch-size", "7"], "batch_size 7 does not divide among 2 ranks"),
-        ([*ranks, "--replicas", "3"], "replicas is 3, which does not divide 2"),
+        ([*ranks, "--batch-size", "7"], "--batch-size 7 does not divide among 2 ranks"),
+        ([*ranks, "--replicas", "3"], "--replicas is 3, which does not divide 2"),
     ]
     planned += [([*more, "--dry-run"], message) for more, message in cases]
     capsys.readouterr()

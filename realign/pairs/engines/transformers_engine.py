@@ -28,7 +28,7 @@ class TransformersEngine(Engine):
         """Set the model. `open` loads it.
 
         Args:
-            model: folder or hub name of the model, or of an adapter, which names its base model.
+            model: folder or Hub name of the model, or of an adapter, which names its base model.
             batch_size: batch size of greedy answers.
             dtype: "fp32" or "bf16". None means bf16 on a GPU and fp32 on a CPU.
 

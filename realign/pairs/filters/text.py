@@ -109,7 +109,7 @@ class SentenceSimilarity:
     """Cosine of sentence embeddings by a sentence-transformers model.
 
     Args:
-        name: folder or hub name of the model.
+        name: folder or Hub name of the model.
 
     Raises:
         ValueError: when the package is missing or the model cannot be loaded.
@@ -133,7 +133,7 @@ class SentenceSimilarity:
             raise ValueError(
                 f"no sentence-transformers model could be loaded from {name} "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). Pass a "
-                "folder or a hub name, such as sentence-transformers/all-mpnet-base-v2."
+                "folder or a Hub name, such as sentence-transformers/all-mpnet-base-v2."
             ) from error
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:

@@ -101,7 +101,7 @@ def files_digest(path: str | None) -> str | None:
     """Digest of names, sizes and times of a file, or of the files in a folder.
 
     It detects a changed data set or model of the same name without reading it. It is None for the
-    name of a model on a hub.
+    name of a model on the Hub.
     """
     if path is None or not Path(path).exists():
         return None

@@ -36,9 +36,9 @@ class Embedder:
     of the features that the language model sees. These images are reduced to 448 pixels.
 
     Args:
-        name: folder or hub name of a CLIP or SigLIP model, or None. "st:NAME" and
+        name: folder or Hub name of a CLIP or SigLIP model, or None. "st:NAME" and
             "sentence-transformers/..." name a model of the sentence-transformers package.
-        vlm_name: folder or hub name of the VLM; None means the shipped digits model. Its language
+        vlm_name: folder or Hub name of the VLM; None means the shipped digits model. Its language
             model is discarded.
         batch_size: number of images in one forward pass.
         dtype: "fp32", "bf16" or "auto". "auto" is bf16 on a GPU and fp32 on a CPU.
@@ -129,7 +129,7 @@ class Embedder:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"no image encoder could be loaded from --embed-model {self.name} ({reason}). Pass "
-                "a folder or the hub name of a CLIP or SigLIP model, with its image processor."
+                "a folder or the Hub name of a CLIP or SigLIP model, with its image processor."
             ) from error
 
         def encode(images: list[Image.Image]) -> torch.Tensor:

@@ -215,7 +215,7 @@ class Index:
         for start in range(0, len(queries), step):
             rows = slice(start, start + step)
             candidates = self.vectors[indices[rows]].astype(np.float32, copy=False)
-            # Not a matrix product, because BLAS may round equal vectors in other rows differently.
+            # Not a matrix product, because BLAS may round equal vectors differently in each row.
             exact[rows] = np.einsum("qd,qkd->qk", queries[rows], candidates)
         exact[indices < 0] = -np.inf
         return exact

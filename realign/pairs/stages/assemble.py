@@ -84,7 +84,7 @@ class Assembler:
         self._all = pq.read_table(folders["retrieve"] / "rows.parquet")
         self._hashes = np.load(folders["retrieve"] / "hashes.npy")
         self._places = lru_cache(1)(self._places_of)
-        # Ids of records with an image that other readers decode to other pixels; usually few.
+        # Ids of records with an image that other readers decode to different pixels; usually few.
         not_plain = [i for i, plain in enumerate(self._all["plain"].to_pylist()) if not all(plain)]
         self._not_plain = set(self._all["id"].take(pa.array(not_plain, pa.int64())).to_pylist())
 

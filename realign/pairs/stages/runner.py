@@ -23,7 +23,7 @@ from realign.pairs.stages import on_ray
 from realign.pairs.stages.base import ChatStage, Stage
 from realign.pairs.stages.read import Read
 from realign.pairs.stages.shard import InvalidLimit, ShardResult, is_current, make_shard
-from realign.progress import Progress, totals
+from realign.progress import Progress, counted, totals
 
 
 class RunError(ValueError):
@@ -215,15 +215,15 @@ class Runner:
         if len(self._invalid) <= self._most_invalid():
             return
         entries = [entry for *_, entry in self._invalid.values()]
-        reasons = Counter(f"{entry.stage}: {entry.reason}" for entry in entries).most_common(5)
-        shown = ", ".join(f"{number} {reason}" for reason, number in reasons)
-        example = next(e for e in entries if f"{e.stage}: {e.reason}" == reasons[0][0])
-        detail = f" ({example.detail})" if example.detail else ""
+        reasons = Counter((entry.stage, entry.reason) for entry in entries).most_common(5)
+        shown = ", ".join(f"{name}: {number} {reason}" for (name, reason), number in reasons)
+        example = next(e for e in entries if (e.stage, e.reason) == reasons[0][0])
+        detail = f": {example.detail.rstrip('.')}" if example.detail else ""
         raise RunError(
-            f"{len(entries)} of {self.outcome.records} records cannot be used, more than "
-            f"--max-bad {self.max_bad:g} allows: {shown}; for example, record {example.record!r}"
-            f"{detail}. {self.rejected} lists them. Fix the data or the engine, or raise "
-            "--max-bad, and run again."
+            f"{len(entries)} of {counted(self.outcome.records, 'records')} cannot be used, more "
+            f"than --max-bad {self.max_bad:g} allows ({shown}). For example, record "
+            f"{example.record!r}{detail}. The full list is in {self.rejected}. Fix the data or the "
+            "engine, or raise --max-bad, and run again."
         )
 
     def _list_invalid(self) -> None:
@@ -248,10 +248,11 @@ class Runner:
 
     def _report(self, stage: Stage, total: int, records: int, began: float) -> None:
         if not records:
-            self.report(f"{stage.name}: all {total} shards already done")
+            every = f"all {total} shards" if total > 1 else counted(total, "shards")
+            self.report(f"{stage.name}: {every} already done")
             return
         summary = totals(records, "records", time.perf_counter() - began)
-        self.report(f"{stage.name + ':':10}{total}/{total} shards, {summary}")
+        self.report(f"{stage.name + ':':10}{total}/{counted(total, 'shards')}, {summary}")
 
 
 def note_run(work: Path, output: str, outcome: Outcome) -> None:
