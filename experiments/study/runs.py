@@ -199,7 +199,7 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
     captions (? if none), and the answers to yes/no questions (y, n or ?).
 
     Raises:
-        ValueError: if an existing result has other settings.
+        ValueError: if an existing result has different settings.
     """
     from realign.config import DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
     from realign.config import TrainConfig as Config
@@ -213,7 +213,7 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
     if file.exists():
         if json.loads(file.read_text())["settings"] != settings:
             raise ValueError(
-                f"{file} is of an arm with other settings. Remove the file to run it again."
+                f"{file} is of an arm with different settings. Remove the file to run it again."
             )
         return
     config = Config(
