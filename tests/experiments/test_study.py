@@ -202,7 +202,7 @@ def test_a_run_is_kept_whole_and_repeats(folder, one_thread):
     assert slow["metrics"]["rewards/margins"] != fast["metrics"]["rewards/margins"]
     tried = {r["learning_rate"]: r["metrics"]["hallucination_rate"] for r in (slow, fast)}
     assert runs.tuning_of([base, slow, fast]) == {"symmpo": tried}
-    with pytest.raises(ValueError, match="symmpo-0.0001.json is of an arm with other settings"):
+    with pytest.raises(ValueError, match="symmpo-0.0001.json is of an arm with different settings"):
         runs.run_arm(folder, SMALL, replace(arm, beta=0.2), TUNING_SEED, 1e-4)
 
     scenes, seed = test_scenes(SMALL, TUNING_SEED)
