@@ -15,8 +15,8 @@ COLOURS = {
     "dark": {"ink": "#f0f6fc", "quiet": "#9da7b1", "bars": "#f0883e #58a6ff"},
 }
 PEERS = {
-    "TRL DPO, labelled rows": "TRL {trl}'s DPO, patched to compute logits of responses only",
-    "TRL DPO": "TRL {trl}'s CPU default, with logits of every token",
+    "TRL DPO, labelled rows": "TRL {trl}'s DPO, with logits of responses only (as on CUDA)",
+    "TRL DPO": "TRL {trl}'s DPO, with logits of every token (its CPU default)",
     "released, three sequences": "plain rDPO, three sequences as in the authors' release",
 }
 """Titles of the contestants of a step. The fair comparison is first."""
@@ -82,13 +82,13 @@ def step_block(run: Run) -> str | None:
     if found is None:
         return None
     ranges = [
-        f"{ratio_range([setting.time for setting in settings], 'faster', 'slower')} than {title}, "
-        f"with {ratio_range([setting.memory for setting in settings], 'less', 'more')} memory"
+        f"{ratio_range([setting.time for setting in settings], 'faster', 'slower')} than {title}. "
+        f"It takes {ratio_range([setting.memory for setting in settings], 'less', 'more')} memory"
         for title, settings in found.peers.items()
     ]
-    alt = "Bar chart of a training step, theirs over ours. Ours is " + "; ".join(ranges)
+    alt = "Bar chart of a training step, theirs over ours. Ours is " + ". Ours is ".join(ranges)
     return "\n".join((
-        fill(f"A step of `realign.train` is {ranges[0]}:"),
+        fill(f"A step of rDPO by `realign.train` is {ranges[0]}:"),
         "",
         "<picture>",
         f'  <source media="(prefers-color-scheme: dark)" srcset="{CHARTS["dark"]}">',
@@ -106,10 +106,10 @@ def measured_line(run: Run, check: Check) -> str:
     slower = sum(over < 1 for over in eager)
     return fill(
         f"Measured on a CPU ({machine['cpu']}, {machine['threads']} threads, commit "
-        f"{run.commit[:7]} of {run.date[:10]}; [docs/benchmarks.md](docs/benchmarks.md)). On a GPU "
+        f"{run.commit[:7]} of {run.date[:10]}; [benchmarks](docs/benchmarks.md)). On a GPU "
         f"(one {check.card}), only an earlier version was timed. Its LoRA step of LLaVA-1.5-7B "
         f"with random weights was {ratio} faster than TRL's DPO. Its head was slower than eager "
-        f"logits in {slower} of {len(eager)} cases ([docs/gpu.md](docs/gpu.md))."
+        f"logits in {slower} of {len(eager)} cases ([GPU](docs/gpu.md))."
     )
 
 

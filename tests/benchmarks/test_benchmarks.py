@@ -242,12 +242,15 @@ class TestPages:
         stepped = step_run({"TRL DPO": (1.9, 250), "TRL DPO, labelled rows": (0.91, 120)})
         block = " ".join((readme.step_block(stepped) or "").split())
         fair = (
-            "0.9x, slower than TRL None's DPO, patched to compute logits of responses only, "
-            "with 1.2x less memory"
+            "0.9x, slower than TRL None's DPO, with logits of responses only (as on CUDA). "
+            "It takes 1.2x less memory"
         )
-        assert block.startswith(f"A step of `realign.train` is {fair}: <picture>")
-        other = "1.9x faster than TRL None's CPU default, with logits of every token, with 2.5x"
-        assert f"Ours is {fair}; {other} less memory" in block
+        assert block.startswith(f"A step of rDPO by `realign.train` is {fair}: <picture>")
+        other = (
+            "1.9x faster than TRL None's DPO, with logits of every token (its CPU default). "
+            "It takes 2.5x"
+        )
+        assert f"Ours is {fair}. Ours is {other} less memory" in block
         for theme in readme.CHARTS:
             drawing = ElementTree.fromstring(readme.chart(stepped, theme))
             values = [text.text for text in drawing.iter() if text.get("class") == "value"]

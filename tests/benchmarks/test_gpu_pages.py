@@ -45,7 +45,10 @@ def test_blocks_have_the_measured_figures():
     row = found["where"].splitlines()[2]
     assert row.startswith(f"| {SHAPE} | 6 | 2.5 | 3.5 | 2 | 1.6 | 0.33x |")
     assert row.endswith("| 0.64x | 6.00u | 805 |")  # 4 N H V FLOP in 2 ms
-    assert "bare GEMMs less busy time): +25 to +25 %." in found["where"]
+    assert (
+        "Error of a column: +25 to +25 % (wall time of the bare GEMMs less their busy time)."
+        in found["where"]
+    )
     contestants = " ".join(found["contestants"].split())
     assert "| 98.7 / 4.5 (**0.90x**) | - | 0.71 |" in contestants, "CCE failed, ours has a peak"
     assert "slower** where the ratio is bold: - eager logits: 1 of 1 cases, 0.90x" in contestants
