@@ -96,7 +96,7 @@ def test_compiled_code_still_checks_values_and_obeys_use_backend(monkeypatch):
     hidden, weight = torch.randn(3, 2, 4, 8), torch.randn(11, 8)
     labels, ref = torch.randint(11, (3, 2, 4)), torch.zeros(3, 2)
     compiled(hidden, weight, labels, ref)
-    with pytest.raises(ValueError, match=r"labels: 24 outside \[0, 11\)"):
+    with pytest.raises(ValueError, match=r"24 labels are outside \[0, 11\)"):
         compiled(hidden, weight, labels + 11, ref)
     with pytest.raises(rk.NonFiniteError, match="hidden holds NaN"):
         compiled(hidden * float("nan"), weight, labels, ref)

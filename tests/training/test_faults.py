@@ -259,8 +259,10 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_lost(pairs_file, two_ranks, t
     assert process.returncode == 1
     assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
     log = str(tmp_path / "resumed.txt")
+    # The checkpoint of step 2 may still be in writing when the rank is killed in step 3.
+    complete = list((tmp_path / "checkpoints").glob("step-*"))
     shown = run_ranks(run_command, 2, log, "realign.train", [*words, "--resume"])
-    assert "resumed from step" in shown
+    assert ("resumed from step" in shown) == bool(complete)
     assert_same_run(tmp_path, two_ranks[0] / "whole")
 
 
