@@ -122,9 +122,7 @@ def check_folder(path: str | Path) -> None:
 
 def _is_missing_folder(name: str) -> bool:
     """Whether a name can only be a path, and nothing is there. A name on the Hub is OWNER/NAME."""
-    is_path = name[:1] in tuple("./~") or name.count("/") > 1
-    first, slash, _ = name.partition("/")
-    return not Path(name).exists() and (is_path or bool(slash) and Path(first).is_dir())
+    return (name[:1] in tuple("./~") or name.count("/") > 1) and not Path(name).exists()
 
 
 def find_file(path: str | Path, name: str) -> str | None:
