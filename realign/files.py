@@ -1,16 +1,88 @@
-"""File helpers of commands: early checks of output paths, atomic writes, and JSONL logs."""
+"""Files: checked opening and small JSON files, atomic writes, checks of output paths, JSONL logs.
+
+Other users may have written the files that are read here, for example in a shared cache or in a
+downloaded data set. So a reader accepts only regular files, because a pipe would block for ever.
+Small files have a limit on their size.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import sys
 import tempfile
 import uuid
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+MOST_JSON = 16 << 20
+"""Default limit of `read_json`, in bytes. The largest real file is an index of weights, 5 MB."""
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading, through symbolic links. It never blocks.
+
+    Raises:
+        FileNotFoundError: when there is no file.
+        OSError: for a folder, pipe, socket or device, or a file that cannot be read.
+    """
+    # Opening a device can have effects, so the kind of file is checked before and after opening.
+    if stat.S_ISREG(os.stat(path).st_mode):
+        file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    raise OSError(errno.EINVAL, "This is not a regular file", str(path))
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def read_limited(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: like `open_regular`.
+        ValueError: for a larger file.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path} is larger than {most:,} bytes. Check whether it is another file.")
+    return content
+
+
+def read_json(path: str | Path, kind: type = dict, *, most: int = MOST_JSON) -> Any:
+    """The value in a small JSON file, which other users may have written.
+
+    Args:
+        path: the file.
+        kind: type of the value, dict or list.
+        most: limit on the size, in bytes.
+
+    Raises:
+        OSError: like `open_regular`.
+        ValueError: for a file that is too large, is not JSON, or holds another kind of value.
+    """
+    try:
+        value = json.loads(read_limited(path, most).decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON of a sensible depth. Write it again.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Write it again.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Write it again.") from None
+    if type(value) is not kind:
+        names = {dict: "object", list: "array"}
+        raise ValueError(
+            f"{path} holds a JSON {type(value).__name__}, not an {names[kind]}. Write it again."
+        )
+    return value
 
 
 def check_file(flag: str, path: str | Path, *, device: bool = True) -> None:
@@ -130,12 +202,38 @@ class JsonlLog:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: in full or not at all."""
-    # Several processes may write the file at once.
+@contextmanager
+def replacing(path: str | Path, *, sync: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for writing that replaces `path` at the end. After an error nothing is replaced.
+
+    The file beside `path` has a new, unpredictable name, so no link can be waiting there. It gets
+    the permissions of the process's umask.
+
+    Args:
+        path: the file to replace. Several processes may do so at once.
+        sync: whether to flush the file to the disk before it replaces `path`.
+
+    Yields:
+        The open file. Its `name` is the path of the partial file.
+    """
+    path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with partial.open("xb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file atomically: in full or not at all. See `replacing`."""
+    with replacing(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

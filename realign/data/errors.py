@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 _LONGEST = 80  # characters of a value in a message
 _NAMED = 3  # further invalid records named in a message
+# Control characters (C0 without tab and line feed, DEL, C1), marks that reverse the direction of
+# text, further line separators, and lone surrogates.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class RecordError(ValueError):
@@ -46,6 +52,15 @@ _SHORTENED.maxstring = _SHORTENED.maxother = _LONGEST
 _SHORTENED.maxlist = _SHORTENED.maxtuple = _SHORTENED.maxdict = _SHORTENED.maxlevel = 3
 
 
+def printable(text: object) -> str:
+    """Text that a terminal shows as it is: control characters become escapes such as \\x1b.
+
+    Texts of other people can hold control sequences, which change a terminal's title, colours or
+    earlier lines. Tabs and line feeds stay.
+    """
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
 def short_repr(value: Any) -> str:
     """The `repr` of a value, shortened to one line. Bytes are shown as their number."""
     return shorten(_SHORTENED.repr(value))
@@ -57,11 +72,12 @@ def short_error(error: Exception) -> str:
 
 
 def shorten(text: str) -> str:
-    """Text on one line and valid as UTF-8. Only the beginning and end of a long text are kept."""
-    text = " ".join(text.split())
-    if len(text) > 2 * _LONGEST:
-        text = f"{text[:_LONGEST]}...{text[-_LONGEST:]}"
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Printable text on one line. Only the beginning and end of a long text are kept."""
+    ends = [text] if len(text) <= 8 * _LONGEST else [text[: 4 * _LONGEST], text[-4 * _LONGEST :]]
+    ends = [" ".join(end.split()) for end in ends]  # cut before, since a text may have megabytes
+    if len(ends) == 2 or len(ends[0]) > 2 * _LONGEST:
+        ends = [f"{ends[0][:_LONGEST]}...{ends[-1][-_LONGEST:]}"]
+    return printable(ends[0])
 
 
 def one_of(errors: Sequence[RecordError]) -> RecordError:
