@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+from realign.terminal import printable
+
 _LONGEST = 80  # characters of a value in a message
 _NAMED = 3  # further invalid records named in a message
-# Control characters (C0 without tab and line feed, DEL, C1), marks that reverse the direction of
-# text, further line separators, and lone surrogates.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
 
 
 class RecordError(ValueError):
@@ -50,15 +46,6 @@ class _Shortened(reprlib.Repr):
 _SHORTENED = _Shortened()
 _SHORTENED.maxstring = _SHORTENED.maxother = _LONGEST
 _SHORTENED.maxlist = _SHORTENED.maxtuple = _SHORTENED.maxdict = _SHORTENED.maxlevel = 3
-
-
-def printable(text: object) -> str:
-    """Text that a terminal shows as it is: control characters become escapes such as \\x1b.
-
-    Texts of other people can hold control sequences, which change a terminal's title, colours or
-    earlier lines. Tabs and line feeds stay.
-    """
-    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
 def short_repr(value: Any) -> str:
