@@ -20,6 +20,7 @@ from realign.files import check_folder
 from realign.modeling import reference_logps
 from realign.modeling.attention import IMPLEMENTATIONS, choose
 from realign.modeling.loading import DTYPES
+from realign.terminal import show
 from realign.third_party import silence_third_party
 from realign.training import fsdp
 from realign.training.setup import load_inputs, shared_fingerprint
@@ -61,7 +62,7 @@ class CacheConfig:
             raise ValueError(f"there is no folder {self.directory}. Check --reference-cache.")
         tables = refcache.tables(self.directory)
         if not tables:
-            print(f"no tables in {self.directory}")
+            show(f"no tables in {self.directory}")
         return tables
 
 
@@ -155,26 +156,26 @@ def stats(tables: CacheConfig) -> int:
     """Print all tables with their counts. Returns the number of unreadable records."""
     unreadable = 0
     for folder, parts in tables.tables().items():
-        print(folder)
+        show(folder)
         parts_text = ", ".join(f"{name} {_short(value)}" for name, value in parts.items())
-        print(f"  {parts_text or 'no description (the next run that adds records writes it)'}")
+        show(f"  {parts_text or 'no description (the next run that adds records writes it)'}")
         try:
             counts = refcache.inspect(folder)
         except (ValueError, OSError) as error:
-            print(f"  the table cannot be read: {error}")
+            show(f"  the table cannot be read: {error}")
             unreadable += 1
             continue
-        print(
+        show(
             f"  {counts['records']:,} log-probs in {_files(counts['logs'])}, "
             f"{counts['bytes']:,} bytes, {counts['duplicates']:,} duplicates"
         )
         if counts["conflicts"]:
-            print(
+            show(
                 f"  {counts['conflicts']:,} duplicates differ, by at most "
                 f"{counts['largest_difference']:.2g} (the log with the lowest name is used)"
             )
         if counts["bad"] or counts["torn_bytes"]:
-            print(
+            show(
                 f"  {counts['bad']:,} unreadable records and {counts['torn_bytes']:,} bytes of "
                 "incomplete records are skipped"
             )
@@ -189,12 +190,12 @@ def compact(tables: CacheConfig) -> None:
         what = f"{counts['logs_merged']} log(s) merged"
         if missing_reason():  # without the extension, hence without logs
             what = _files(int(counts["bytes_before"] > 0))
-        print(
+        show(
             f"{folder}: {what}, {counts['bytes_before']:,} -> "
             f"{counts['bytes_after']:,} bytes, {counts['bad_dropped']:,} unreadable records dropped"
         )
         if counts["logs_in_use"]:
-            print(f"  {counts['logs_in_use']} log(s) are in use and were skipped")
+            show(f"  {counts['logs_in_use']} log(s) are in use and were skipped")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, flags = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
-        print(_parser().format_help(), end="")
+        show(_parser().format_help(), end="")
         return 0
     if command not in COMMANDS:
         print(
@@ -230,10 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif command == "compact":
             compact(settings["cache"])
         elif stats(settings["cache"]) and command == "verify":
-            print(
+            show(
                 "error: there are unreadable records. The next run computes these log-probs again. "
                 "`python -m realign.cache compact` removes the records.",
-                file=sys.stderr,
+                error=True,
             )
             return 1
     except (ValueError, OSError, RuntimeError) as error:

@@ -10,7 +10,6 @@ import ast
 import inspect
 import re
 import shutil
-import sys
 import textwrap
 import tomllib
 import types
@@ -21,6 +20,8 @@ from functools import wraps
 from pathlib import Path
 from reprlib import repr
 from typing import Any
+
+from realign.terminal import show
 
 _WIDEST = 100  # columns, since longer lines are hard to read
 _EMPTY: Mapping[str, Any] = {}
@@ -34,7 +35,7 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(arguments)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            show(f"error: {error}", error=True)
             return 1
 
     return command

@@ -27,6 +27,8 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from realign.terminal import show
+
 T = TypeVar("T")
 
 _diverged = False  # see mark_ranks_diverged
@@ -106,7 +108,7 @@ def launch(module: str, arguments: Sequence[str], workers: int) -> int:
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
     if result.failures:
-        print(_first_failure(result.failures), file=sys.stderr)
+        show(_first_failure(result.failures), error=True)
     return 1 if result.failures else 0
 
 
@@ -239,7 +241,7 @@ def world_size() -> int:
 def log_rank0(line: str) -> None:
     """Print a line on rank 0."""
     if rank() == 0:
-        print(line, flush=True)
+        show(line)
 
 
 def report(error: Exception) -> bool:
@@ -252,17 +254,15 @@ def report(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         if not _lost_a_rank(error):
             return False
-        print(
-            "error: another rank has ended. See its own message, if there is one.", file=sys.stderr
-        )
+        show("error: another rank has ended. See its own message, if there is one.", error=True)
     elif isinstance(error, CommonError):
         if rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+            show(f"error: {error}", error=True)
         with suppress(RuntimeError):
             barrier()  # the launcher stops all ranks when the first one ends
     elif rank() == 0 or _diverged:
         place = f" (rank {rank()})" if world_size() > 1 and _diverged else ""
-        print(f"error{place}: {error}", file=sys.stderr)
+        show(f"error{place}: {error}", error=True)
     return True
 
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from realign.cli import CommandParser
+from realign.terminal import show
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -187,15 +188,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.parse_args(arguments)
     bad: list[str] = []
     for section in (_machine, _packages, _kernels, _folders):
-        print(section.__name__[1:])
+        show(section.__name__[1:])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the findings contain the same information
             for mark, name, text in section():
                 bad += [name] if mark == "BAD" else []
-                print(f"  {mark:3} {name:21}  {text}", flush=True)
+                show(f"  {mark:3} {name:21}  {text}")
         if bad and section is _packages:
             break  # later sections import the broken packages
-    print(f"\nbroken: {', '.join(bad)}" if bad else "\nall required parts work")
+    show(f"\nbroken: {', '.join(bad)}" if bad else "\nall required parts work")
     return int(bool(bad))
 
 

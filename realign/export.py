@@ -14,6 +14,7 @@ from pathlib import Path
 from realign.cli import one_line_errors, parse_sections
 from realign.evaluate.tables import Table, markdown, table_of
 from realign.modeling.loading import DTYPES
+from realign.terminal import show
 from realign.third_party import silence_third_party
 from realign.training.export import export_whole
 
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtype=DTYPES[config.dtype] if config.dtype else None,
         evaluation=evaluation_of(Path(config.metrics)) if config.metrics is not None else None,
     )
-    print(f"wrote {folder}")
+    show(f"wrote {folder}")
     return 0
 
 

@@ -11,13 +11,14 @@ import errno
 import json
 import os
 import stat
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from realign.terminal import show
 
 MOST_JSON = 16 << 20
 """Default limit of `read_json`, in bytes. The largest real file is an index of weights, 5 MB."""
@@ -179,10 +180,10 @@ class JsonlLog:
             self._flush()
         except OSError as error:
             if not self._warned:
-                print(
+                show(
                     f"warning: {self._file.name} cannot be written ({error}). Its next lines wait "
                     "in memory. Free some disk space.",
-                    file=sys.stderr,
+                    error=True,
                 )
             self._warned = True
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from realign.terminal import show
+
 _Item = TypeVar("_Item")
 _FIRST, _LONGEST = 10.0, 300.0  # seconds between two lines of a log
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {line}"
@@ -107,7 +109,7 @@ class Progress:
 def _print(line: str) -> None:
     """Print to stderr, after earlier lines of stdout: one file may hold both."""
     sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
+    show(line, error=True)
 
 
 class _Bar(tqdm):

@@ -1,6 +1,7 @@
-"""Filter for texts of other people that are printed: `printable`."""
+"""Printing: `show` prints all lines of the commands, with control characters made visible."""
 
 import re
+import sys
 
 # C0 without tab and line feed, DEL, C1, marks of text direction, line separators, lone surrogates.
 _CONTROL = re.compile(
@@ -15,3 +16,11 @@ def printable(text: object) -> str:
     and tables of other people may contain them.
     """
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
+def show(text: object, *, error: bool = False, end: str = "\n") -> None:
+    """Print text to stdout, or to stderr if `error` is set, with `printable`. Flushes the stream.
+
+    Use it in place of `print`. Messages contain names and texts from files, servers and tables.
+    """
+    print(printable(text), end=end, file=sys.stderr if error else sys.stdout, flush=True)

@@ -20,6 +20,7 @@ from realign.files import read_jsonl
 from realign.modeling import attention
 from realign.modeling.loading import DTYPES
 from realign.pairs.pipeline import PairsConfig, build_pairs
+from realign.terminal import show
 from realign.third_party import silence_third_party
 from realign.training import dry_run, fsdp
 from realign.training.checkpoint import Checkpoints
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_outputs(config.run)
         if config.run.dry_run:
             if is_rank0:
-                print(dry_run.make(config, prepare_pairs))
+                show(dry_run.make(config, prepare_pairs))
             return 0
         if config.scale.fsdp and not distributed.under_launcher():
             prepare_pairs(config)  # once, before there are ranks

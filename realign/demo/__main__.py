@@ -33,6 +33,7 @@ from realign.evaluate import (
 from realign.files import check_folder, read_jsonl
 from realign.modeling.loading import load_processor, load_trained
 from realign.pairs.pipeline import PairsConfig, build_pairs
+from realign.terminal import show
 from realign.third_party import silence_third_party
 
 OBJECTIVES = ("dpo", "rdpo")
@@ -73,7 +74,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, Rate]]:
         if not pairs.exists():
             _announce(f"preference pairs{suffix}")
             report = build_pairs(PairsConfig(output=str(pairs), scenes=config.scenes, seed=seed))
-            print(report)
+            show(report)
         for objective in OBJECTIVES:
             run = folder / f"seed{seed}" / objective
             _announce(f"training {objective}{suffix} on {config.nproc_per_node} FSDP ranks")
@@ -132,7 +133,7 @@ def _evaluated(file: Path, model: str | None, config: DemoConfig, name: str) -> 
     rates = evaluate(EvaluateConfig(model=model, scenes=scenes, seed=EVALUATED))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({key: vars(rate) for key, rate in rates.items()}, indent=2) + "\n")
-    print(f"wrote {file}")
+    show(f"wrote {file}")
     return rates
 
 
@@ -143,7 +144,7 @@ def _report(folder: Path, results: dict[str, dict[str, Rate]], config: DemoConfi
     pair = _pair(next(iter(read_pairs(first / "pairs.parquet"))), config.scenes)
     models = {"base": ASSETS, "DPO": first / "dpo" / "model", "rDPO": first / "rdpo" / "model"}
     draw(folder / "report.png", results, logs, pair, _scenes(models))
-    print(f"wrote {folder / 'results.json'} and {folder / 'report.png'}")
+    show(f"wrote {folder / 'results.json'} and {folder / 'report.png'}")
 
 
 def _pair(record: Record, count: int) -> Panel:
@@ -184,7 +185,7 @@ def _scenes(models: dict[str, Path]) -> list[Panel]:
 
 
 def _announce(stage: str) -> None:
-    print(f"\n== {stage}", flush=True)
+    show(f"\n== {stage}")
 
 
 @one_line_errors
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments=arguments,
     )["demo"]
     results = demo(config)
-    print(f"\n{table(results)}\n\n{time.perf_counter() - began:.0f} s in total")
+    show(f"\n{table(results)}\n\n{time.perf_counter() - began:.0f} s in total")
     return 0
 
 

@@ -1,36 +1,65 @@
 """Cache of the features of a frozen vision tower on disk, for `--cache-vision`.
 
 A frozen tower gives an image the same features in every epoch and every run, so they are computed
-once. A safetensors file holds the tensors of some hundred images, with a checksum for each tensor
+once. A safetensors file holds the tensors of some dozen images, with a checksum for each tensor
 in its metadata. Files are written atomically under unique names, so any number of processes may
 write to a folder. The system's page cache keeps the files in memory.
+
+Files are read and not mapped. A mapped file that another process truncates would kill this one
+with SIGBUS.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import sys
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from realign import distributed
-from realign.files import write_whole
+from realign.data.errors import short_error
+from realign.files import open_regular, replacing, write_whole
 from realign.modeling.images import Features, Images, ImageStore
 from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import ahead, pinned
 from realign.progress import Progress
+from realign.terminal import show
 from realign_kernels import refcache
 
-_FILE_BYTES = 256 << 20
+_FILE_BYTES = 128 << 20
+_MOST_HEADER = 16 << 20  # bytes; a file of 128 MB has far below 1 MB
+_MOST_TENSOR = 1 << 30  # bytes; LLaVA-1.5 has 5 MB per image
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+_AGAIN = "Start the run again, with --resume if it has checkpoints. They are then computed again."
+
+
+class _Stored(NamedTuple):
+    """Place of a tensor in a file."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    start: int  # byte in the file
+    size: int  # bytes
+    checksum: int
 
 
 def default_directory() -> Path:
@@ -52,8 +81,8 @@ class FeatureCache(Mapping[str, Features]):
         self.folder = Path(directory) / refcache.fingerprint_digest(fingerprint)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "about.json", json.dumps(dict(fingerprint), indent=2) + "\n")
-        self._files: dict[Path, Any] = {}  # safe_open, which has no types
-        self._places: dict[str, tuple[Path, dict[str, int]]] = {}  # image -> file, {name: crc}
+        self._read: set[Path] = set()
+        self._places: dict[str, tuple[Path, dict[str, _Stored]]] = {}  # image -> file, tensors
         self._checked: set[str] = set()
         self.refresh()
 
@@ -64,20 +93,19 @@ class FeatureCache(Mapping[str, Features]):
         return iter(self._places)
 
     def refresh(self) -> None:
-        """Open files that other processes have added."""
+        """Read the headers of files that other processes have added."""
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path in self._files:
+            if path in self._read:
                 continue
             try:
-                file = safe_open(path, framework="pt")
-                index = json.loads(file.metadata()["images"])
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                stored = _read_header(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 again = "The features of its images are computed again."
-                print(f"{path} is damaged ({error}). {again}", file=sys.stderr)
+                show(f"{path} is damaged ({short_error(error)}). {again}", error=True)
                 continue
-            self._files[path] = file
-            for image, checksums in index.items():
-                self._places.setdefault(image, (path, checksums))
+            self._read.add(path)
+            for image, tensors in stored.items():
+                self._places.setdefault(image, (path, tensors))
 
     def missing(self, images: Sequence[str]) -> list[str]:
         """The distinct images without cached features, sorted."""
@@ -94,14 +122,10 @@ class FeatureCache(Mapping[str, Features]):
             on_cpu = {name: t.detach().cpu().contiguous() for name, t in named.items()}
             tensors |= {f"{image}/{name}": tensor for name, tensor in on_cpu.items()}
             index[image] = {name: _checksum(tensor) for name, tensor in on_cpu.items()}
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        partial = path.with_suffix(".partial")
         try:
-            save_file(tensors, partial, metadata={"images": json.dumps(index)})
-            partial.chmod(0o644)  # other users may read it
-            partial.replace(path)
-        except (SafetensorError, OSError) as error:
-            partial.unlink(missing_ok=True)
+            with replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as file:
+                file.write(save(tensors, metadata={"images": json.dumps(index)}))
+        except OSError as error:
             raise OSError(
                 f"image features could not be written to {self.folder} ({error}). Free some space, "
                 "or train without --cache-vision. Files written before are kept."
@@ -112,21 +136,72 @@ class FeatureCache(Mapping[str, Features]):
         """The features of an image.
 
         Raises:
-            ValueError: when the file is damaged.
+            ValueError: when the file is damaged or was removed.
         """
-        path, checksums = self._places[image]
-        features = {name: self._files[path].get_tensor(f"{image}/{name}") for name in checksums}
-        if image not in self._checked:
-            for name, tensor in features.items():
-                if _checksum(tensor) != checksums[name]:
-                    path.rename(path.with_suffix(".damaged"))
-                    raise ValueError(
-                        f"{path} is damaged: features of image {image} have changed on the disk. "
-                        "The file was renamed. Start the run again, with --resume if it has "
-                        "checkpoints. The features are then computed again."
-                    )
-            self._checked.add(image)
+        path, tensors = self._places[image]
+        check = image not in self._checked
+        try:
+            with open_regular(path) as file:
+                features = {name: _read_tensor(file, t, check) for name, t in tensors.items()}
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} was removed. {_AGAIN}") from error
+        except ValueError as error:
+            path.rename(path.with_suffix(".damaged"))
+            raise ValueError(
+                f"{path} is damaged: features of image {image} have changed on the disk. The file "
+                f"was renamed. {_AGAIN}"
+            ) from error
+        self._checked.add(image)
         return features
+
+
+def _read_header(path: Path) -> dict[str, dict[str, _Stored]]:
+    """Places of the tensors in a file, by image and name.
+
+    Raises:
+        OSError: when the file cannot be read.
+        ValueError, KeyError, TypeError, AttributeError: for a damaged header.
+    """
+    with open_regular(path) as file:
+        end = os.fstat(file.fileno()).st_size
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(end - 8, _MOST_HEADER):
+            raise ValueError(f"its header has {size} bytes")
+        try:
+            header = json.loads(file.read(size))
+            images = json.loads(header["__metadata__"]["images"])
+        except RecursionError:
+            raise ValueError("its header is nested too deeply") from None
+    stored: dict[str, dict[str, _Stored]] = {}
+    for image, checksums in images.items():
+        stored[image] = {}
+        for name, checksum in checksums.items():
+            tensor = header[f"{image}/{name}"]
+            dtype, shape = _DTYPES[tensor["dtype"]], tensor["shape"]
+            first, last = tensor["data_offsets"]
+            if {type(number) for number in (*shape, first, last, checksum)} != {int}:
+                raise ValueError(f"tensor {image}/{name} has no shape")
+            if not 0 <= first <= last <= end - 8 - size or min(shape, default=0) < 0:
+                raise ValueError(f"tensor {image}/{name} ends behind the file")
+            if last - first > _MOST_TENSOR or math.prod(shape) * dtype.itemsize != last - first:
+                raise ValueError(f"tensor {image}/{name} has another size")
+            stored[image][name] = _Stored(dtype, shape, 8 + size + first, last - first, checksum)
+    return stored
+
+
+def _read_tensor(file: BinaryIO, stored: _Stored, check: bool) -> torch.Tensor:
+    """Read a tensor, and compare its checksum if `check` is set.
+
+    Raises:
+        ValueError: when the file is too short, or the checksum differs.
+    """
+    file.seek(stored.start)
+    content = file.read(stored.size)
+    if len(content) != stored.size or (check and zlib.crc32(content) != stored.checksum):
+        raise ValueError("the checksum differs")
+    if not content:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    return torch.frombuffer(bytearray(content), dtype=stored.dtype).view(stored.shape)
 
 
 def _checksum(tensor: torch.Tensor) -> int:

@@ -20,6 +20,7 @@ from realign.pairs.config import REFILLS, PairsConfig
 from realign.pairs.io import importers
 from realign.pairs.pipeline import STAGES, build_pairs, run_stages
 from realign.pairs.retrieval.index import KINDS
+from realign.terminal import show
 from realign.third_party import silence_third_party
 
 _LAST = STAGES[1:]  # stages that a command may name; every run starts with `read`
@@ -99,11 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arguments=words,
         )["pairs"]
         if last is None:
-            print(build_pairs(config))
+            show(build_pairs(config))
         else:
-            print(f"the shards of {last} are in {run_stages(config, last).folders[last]}")
+            show(f"the shards of {last} are in {run_stages(config, last).folders[last]}")
     except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
+        show("stopped; the same command resumes", error=True)
         return 130
     return 0
 

@@ -1,6 +1,8 @@
 """Cached features of a frozen tower: reading, damage, ranks, and runs that use them."""
 
-import errno
+import json
+import os
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -64,15 +66,91 @@ def test_a_truncated_file_is_computed_again_and_a_flipped_bit_is_refused(cache, 
         again.get(kept)
 
 
-def test_a_full_disk_is_reported_and_leaves_no_partial_file(cache, monkeypatch):
-    def full(tensors, path, metadata):
-        path.write_bytes(b"part")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(feature_cache, "save_file", full)
-    with pytest.raises(OSError, match="could not be written to .*No space left"):
-        cache.add({"a": features(1)})
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(cache):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # the system refuses the 65th byte
+    try:
+        with pytest.raises(OSError, match="could not be written to .*File too large"):
+            cache.add({"a": features(1)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in cache.folder.iterdir()] == ["about.json"]
+
+
+def test_a_file_that_is_truncated_during_a_run_is_an_error_and_no_crash(cache):
+    """A mapped file would end the process with SIGBUS."""
+    big = {"tokens": torch.zeros(1 << 20)}
+    cache.add({"a": big})
+    (file,) = cache.folder.glob("*.safetensors")
+    os.truncate(file, 4096)
+    with pytest.raises(ValueError, match="is damaged: features of image a"):
+        cache.get("a")
+    cache.add({"b": big})
+    file = next(cache.folder.glob("*.safetensors"))
+    file.unlink()
+    with pytest.raises(ValueError, match="was removed. Start the run again"):
+        cache.get("b")
+
+
+def test_permissions_follow_the_umask(cache):
+    before = os.umask(0o027)
+    try:
+        cache.add({"a": features(1)})
+    finally:
+        os.umask(before)
+    (file,) = cache.folder.glob("*.safetensors")
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def _safetensors(header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def _header(shape, end, checksum=0, dtype="F32"):
+    about = {"images": json.dumps({"x": {"tokens": checksum}})}
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}
+    return {"__metadata__": about, "x/tokens": entry}
+
+
+PLANTED = {
+    "empty": b"",
+    "huge header": (1 << 62).to_bytes(8, "little") + b"{}",
+    "no JSON": _safetensors(b"\xff\xfe"),
+    "deep": _safetensors(b"[" * 200_000),
+    "array": _safetensors([]),
+    "no metadata": _safetensors({}),
+    "number": _safetensors({"__metadata__": {"images": 5}}),
+    "images": _safetensors({"__metadata__": {"images": "[1]"}}),
+    "names": _safetensors({"__metadata__": {"images": json.dumps({"x": "tokens"})}}),
+    "deep images": _safetensors({"__metadata__": {"images": "[" * 200_000}}),
+    "no tensor": _safetensors({"__metadata__": {"images": json.dumps({"x": {"tokens": 1}})}}),
+    "behind the end": _safetensors(_header([4], 16), bytes(8)),
+    "negative": _safetensors(_header([-2, -2], 16), bytes(16)),
+    "overflow": _safetensors(_header([1 << 62, 1 << 62], 16), bytes(16)),
+    "text": _safetensors(_header(["4"], 16), bytes(16)),
+    "dtype": _safetensors(_header([4], 16, dtype="\x1b[2J"), bytes(16)),
+    "checksum": _safetensors(_header([4], 16, checksum="0"), bytes(16)),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_file_is_reported_and_skipped(name, cache, capsys):
+    (cache.folder / "0.safetensors").write_bytes(PLANTED[name])
+    cache.add({"a": features(1)})
+    assert "0.safetensors is damaged" in (report := capsys.readouterr().err)
+    assert report.count("\n") == 1 and "\x1b" not in report
+    assert list(cache) == ["a"] and same(cache["a"], features(1))
+
+
+def test_a_pipe_and_a_sparse_giant_among_the_files_are_skipped(cache, capsys):
+    os.mkfifo(cache.folder / "0.safetensors")
+    giant = cache.folder / "1.safetensors"
+    giant.write_bytes(_safetensors(_header([1 << 38], 1 << 40)))
+    os.truncate(giant, 2 << 40)  # takes no space on the disk
+    cache.add({"a": features(1)})
+    assert list(cache) == ["a"]
+    assert capsys.readouterr().err.count("is damaged") == 2
 
 
 class Fake:
