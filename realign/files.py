@@ -15,6 +15,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,7 @@ MOST_JSON = 16 << 20
 """Default limit of `read_json`, in bytes. The largest real file is an index of weights, 5 MB."""
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading, through symbolic links. It never blocks.
 
     Raises:

@@ -18,8 +18,9 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -189,19 +190,18 @@ def _read_header(path: Path) -> dict[str, dict[str, _Stored]]:
     return stored
 
 
-def _read_tensor(file: BinaryIO, stored: _Stored, check: bool) -> torch.Tensor:
+def _read_tensor(file: BufferedReader, stored: _Stored, check: bool) -> torch.Tensor:
     """Read a tensor, and compare its checksum if `check` is set.
 
     Raises:
         ValueError: when the file is too short, or the checksum differs.
     """
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
     file.seek(stored.start)
-    content = file.read(stored.size)
-    if len(content) != stored.size or (check and zlib.crc32(content) != stored.checksum):
+    read = file.readinto(tensor.flatten().view(torch.uint8).numpy().data) if stored.size else 0
+    if read != stored.size or (check and _checksum(tensor) != stored.checksum):
         raise ValueError("the checksum differs")
-    if not content:
-        return torch.empty(stored.shape, dtype=stored.dtype)
-    return torch.frombuffer(bytearray(content), dtype=stored.dtype).view(stored.shape)
+    return tensor
 
 
 def _checksum(tensor: torch.Tensor) -> int:
