@@ -183,10 +183,19 @@ def stats(tables: CacheConfig) -> int:
     return unreadable
 
 
-def compact(tables: CacheConfig) -> None:
-    """Rewrite all tables without duplicates and unreadable records."""
+def compact(tables: CacheConfig) -> int:
+    """Rewrite all tables without duplicates and unreadable records.
+
+    Returns the number of tables that cannot be read.
+    """
+    unreadable = 0
     for folder in tables.tables():
-        counts = refcache.compact(folder)
+        try:
+            counts = refcache.compact(folder)
+        except (ValueError, OSError) as error:
+            show(f"{folder}: the table cannot be read: {error}")
+            unreadable += 1
+            continue
         what = f"{counts['logs_merged']} log(s) merged"
         if missing_reason():  # without the extension, hence without logs
             what = _files(int(counts["bytes_before"] > 0))
@@ -196,6 +205,7 @@ def compact(tables: CacheConfig) -> None:
         )
         if counts["logs_in_use"]:
             show(f"  {counts['logs_in_use']} log(s) are in use and were skipped")
+    return unreadable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -229,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return distributed.launch("realign.cache", arguments, workers)
             fill(settings["cache"], settings["fill"])
         elif command == "compact":
-            compact(settings["cache"])
+            if unreadable := compact(settings["cache"]):
+                raise ValueError(f"{unreadable} table(s) cannot be read. The others are done.")
         elif stats(settings["cache"]) and command == "verify":
             show(
                 "error: there are unreadable records. The next run computes these log-probs again. "

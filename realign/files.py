@@ -71,13 +71,12 @@ def read_json(path: str | Path, kind: type = dict, *, most: int = MOST_JSON) -> 
         OSError: like `open_regular`.
         ValueError: for a file that is too large, is not JSON, or holds another kind of value.
     """
+    content = read_limited(path, most)
     try:
-        value = json.loads(read_limited(path, most).decode("utf-8"))
+        value = json.loads(content.decode("utf-8"))
     except RecursionError:
-        raise ValueError(f"{path} is not JSON of a sensible depth. Write it again.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Write it again.") from None
-    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} nests its JSON too deeply. Write it again.") from None
+    except ValueError as error:  # not UTF-8, not JSON, or a number of 4,300 digits
         raise ValueError(f"{path} is not JSON ({error}). Write it again.") from None
     if type(value) is not kind:
         names = {dict: "object", list: "array"}

@@ -57,6 +57,9 @@ def test_the_commands(pairs_file, tmp_path, capsys):
     code, shown = run("verify")
     assert code == 1 and "belongs to the table with fingerprint" in shown.out
     assert "no description" in shown.out and f"{total:,} log-probs" in shown.out
+    code, shown = run("compact")  # the other table is compacted all the same
+    assert code == 1 and "1 table(s) cannot be read. The others are done." in shown.err
+    assert f"{foreign}: the table cannot be read" in shown.out and "2 log(s) merged" in shown.out
 
 
 def test_upkeep_of_a_database(tmp_path, monkeypatch, capsys):
