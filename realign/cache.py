@@ -216,9 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(_parser().format_help(), end="")
         return 0
     if command not in COMMANDS:
-        print(
+        show(
             f"error: unknown command {command!r}. The commands are {', '.join(COMMANDS)}.",
-            file=sys.stderr,
+            error=True,
         )
         return 1
     silence_third_party()
