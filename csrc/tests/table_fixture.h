@@ -22,7 +22,7 @@
 
 // Replacements of the C library's functions that let a test make system calls fail.
 static int flock_error = 0, truncate_error = 0, sync_error = 0;
-static int rename_error = 0, unlink_error = 0, empty_listings = 0;
+static int unlink_error = 0, empty_listings = 0;
 static const char* vanishing = nullptr;  // a file replaced between its opening and the lock
 
 static int refuse(int error, long result) {
@@ -51,11 +51,8 @@ extern "C" dirent* readdir(DIR* stream) {
   --empty_listings;
   return nullptr;
 }
-extern "C" int rename(const char* from, const char* to) noexcept {
-  return refuse(rename_error, rename_error ? 0 : renameat(AT_FDCWD, from, AT_FDCWD, to));
-}
-extern "C" int unlink(const char* path) noexcept {
-  return refuse(unlink_error, unlink_error ? 0 : unlinkat(AT_FDCWD, path, 0));
+extern "C" int unlinkat(int folder, const char* name, int flags) noexcept {
+  return refuse(unlink_error, unlink_error ? 0 : syscall(SYS_unlinkat, folder, name, flags));
 }
 
 namespace realign {
