@@ -6,23 +6,15 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "bindings/arrays.h"
 #include "refcache/packing.h"
 
 namespace py = pybind11;
 
 namespace {
-
-const int64_t* int64_data(const py::array& array, const char* name) {
-  const bool contiguous = (array.flags() & py::array::c_style) != 0;
-  if (!py::isinstance<py::array_t<int64_t>>(array) || array.ndim() != 1 || !contiguous) {
-    throw py::value_error(std::string(name) + " must be a contiguous 1-D int64 array");
-  }
-  return static_cast<const int64_t*>(array.data());
-}
 
 // Passes the vector's memory to numpy without a copy.
 py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values) {
@@ -38,9 +30,9 @@ py::tuple pack_forest(const py::array& root_lengths,
                       const py::array& leaf_lengths,
                       const py::array& leaf_roots,
                       int64_t budget) {
-  const int64_t* roots = int64_data(root_lengths, "root_lengths");
-  const int64_t* leaves = int64_data(leaf_lengths, "leaf_lengths");
-  const int64_t* parents = int64_data(leaf_roots, "leaf_roots");
+  const int64_t* roots = realign::flat<int64_t>(root_lengths, "root_lengths", "int64");
+  const int64_t* leaves = realign::flat<int64_t>(leaf_lengths, "leaf_lengths", "int64");
+  const int64_t* parents = realign::flat<int64_t>(leaf_roots, "leaf_roots", "int64");
   const int64_t num_roots = root_lengths.size();
   const int64_t num_leaves = leaf_lengths.size();
   if (leaf_roots.size() != num_leaves) {

@@ -107,9 +107,6 @@ void File::close() {
 }
 
 Folder::Folder(const std::string& path) : path_(path) {
-  if (path.find('\0') != std::string::npos) {
-    throw std::invalid_argument("the path of a table has a null byte. Choose another path.");
-  }
   file_ = File(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
   if (file_) return;
   const int code = errno;

@@ -46,7 +46,7 @@ class File {
 class Folder {
  public:
   // Throws FileError if the path is absent, not a folder, or a symbolic link. Its parents may be
-  // links. Throws std::invalid_argument for a path with a null byte.
+  // links.
   explicit Folder(const std::string& path);
 
   int fd() const { return file_.fd(); }
