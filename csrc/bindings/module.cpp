@@ -41,20 +41,7 @@ py::tuple pack_forest(const py::array& root_lengths,
   realign::ForestPacking packing;
   {
     py::gil_scoped_release release;
-    for (int64_t root = 0; root < num_roots; ++root) {
-      if (roots[root] < 1 || roots[root] >= budget) {
-        throw py::value_error("root_lengths must be in [1, budget)");
-      }
-    }
-    for (int64_t leaf = 0; leaf < num_leaves; ++leaf) {
-      const int64_t parent = parents[leaf];
-      if (parent < 0 || parent >= num_roots) {
-        throw py::value_error("leaf_roots must be in [0, len(root_lengths))");
-      }
-      if (leaves[leaf] < 1 || leaves[leaf] > budget - roots[parent]) {
-        throw py::value_error("leaf_lengths must be in [1, budget - root]");
-      }
-    }
+    realign::check_forest(roots, num_roots, leaves, parents, num_leaves, budget);
     packing = realign::pack_forest(roots, num_roots, leaves, parents, num_leaves, budget);
   }
   return py::make_tuple(

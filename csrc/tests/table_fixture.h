@@ -22,6 +22,7 @@
 
 // Replacements of the C library's functions that let a test make system calls fail.
 static int flock_error = 0, truncate_error = 0, sync_error = 0;
+static bool fake_sync = false;  // 20 ms each
 static int unlink_error = 0, empty_listings = 0;
 static const char* vanishing = nullptr;  // a file replaced between its opening and the lock
 
@@ -43,8 +44,9 @@ extern "C" int ftruncate(int fd, off_t size) noexcept {
   return refuse(truncate_error, truncate_error ? 0 : syscall(SYS_ftruncate, fd, size));
 }
 extern "C" int fdatasync(int fd) {
-  return refuse(sync_error, sync_error ? 0 : syscall(SYS_fdatasync, fd));
+  return refuse(sync_error, sync_error || fake_sync ? 0 : syscall(SYS_fdatasync, fd));
 }
+extern "C" int fsync(int fd) { return fake_sync ? 0 : static_cast<int>(syscall(SYS_fsync, fd)); }
 extern "C" dirent* readdir(DIR* stream) {
   static const auto next = reinterpret_cast<dirent* (*)(DIR*)>(dlsym(RTLD_NEXT, "readdir"));
   if (empty_listings == 0) return next(stream);
@@ -106,6 +108,7 @@ inline std::string fresh(const std::string& name) {
 
 inline std::vector<uint8_t> read_file(const std::string& path) {
   std::vector<uint8_t> bytes(std::filesystem::file_size(path));
+  if (bytes.empty()) return bytes;  // fread takes no null pointer
   FILE* file = std::fopen(path.c_str(), "rb");
   expect(std::fread(bytes.data(), 1, bytes.size(), file) == bytes.size(), "reading " + path);
   std::fclose(file);
@@ -114,7 +117,8 @@ inline std::vector<uint8_t> read_file(const std::string& path) {
 
 inline void write_file(const std::string& path, const std::vector<uint8_t>& bytes) {
   FILE* file = std::fopen(path.c_str(), "wb");
-  expect(std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size(), "writing " + path);
+  const size_t size = bytes.size();
+  expect(size == 0 || std::fwrite(bytes.data(), 1, size, file) == size, "writing " + path);
   std::fclose(file);
 }
 
