@@ -26,8 +26,7 @@ struct TableStats {
   int64_t bad;         // records and headers that failed their check
   int64_t torn_bytes;  // bytes after the last whole record of a log
   Repeats repeats;     // of all records that this object has read
-  // Logs that are not read, each with the reason, such as "/t/a.log is a symbolic link".
-  std::vector<std::string> skipped;
+  std::vector<std::string> skipped;  // "PATH is REASON": the logs that are not read
 };
 
 // Any number of threads may use one Table, and any number of processes one folder. A forked child

@@ -27,7 +27,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from realign_kernels.refcache import fill as reference_pass
-from realign_kernels.refcache.files import read_description, write_description
+from realign_kernels.refcache.files import (
+    check_folder,
+    read_description,
+    write_description,
+)
 from realign_kernels.refcache.keys import Forest, Leaves, collect_leaves
 from realign_kernels.refcache.store import compact_table, open_table
 
@@ -315,6 +319,7 @@ class ReferenceCache:
         """Create a folder that another process removed. Known records stay in memory."""
         if not self.read_only and not self._closed:
             self.folder.mkdir(parents=True, exist_ok=True)
+            check_folder(self.folder)
 
 
 def _reopen(directory: Path, fingerprint: dict[str, str], read_only: bool) -> ReferenceCache:

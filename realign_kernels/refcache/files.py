@@ -33,6 +33,17 @@ def _open_carefully(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
 
 
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder of a table that is a symbolic link. Its parents may be links.
+
+    Raises:
+        NotADirectoryError: another user may have put the link there, to any folder of this user.
+    """
+    if os.path.islink(folder):
+        what = "the folder of a table is a symbolic link, which may lead anywhere. Remove it"
+        raise NotADirectoryError(errno.ENOTDIR, what, os.fspath(folder))
+
+
 def read_description(path: Path) -> dict[str, str]:
     """The strings in a small JSON object, by name. Empty for any other file, and without a file.
 

@@ -40,7 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from realign_kernels._extension import extension
-from realign_kernels.refcache.files import open_plain
+from realign_kernels.refcache.files import check_folder, open_plain
 
 DATABASE = "records.sqlite"
 _RECORD = struct.Struct("<16sdi")  # key, logp, tokens. A CRC-32 of fingerprint and record follows.
@@ -282,9 +282,7 @@ class DatabaseTable:
     writer = None  # there are no logs
 
     def __init__(self, folder: str, fingerprint: bytes, read_only: bool = False) -> None:
-        if os.path.islink(folder):
-            what = "the folder of a table is a symbolic link, which may lead anywhere"
-            raise NotADirectoryError(errno.ENOTDIR, what, folder)
+        check_folder(folder)
         if not read_only:
             os.makedirs(folder, exist_ok=True)
         elif not os.path.isdir(folder):
@@ -389,6 +387,7 @@ class DatabaseTable:
     @contextlib.contextmanager
     def _transaction(self, create: bool = False) -> Iterator[sqlite3.Connection]:
         """A transaction, for writing with `create`. It also reads a read-only database."""
+        check_folder(os.path.dirname(self._path))
         if create:  # SQLite itself would follow a link
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
