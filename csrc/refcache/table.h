@@ -26,7 +26,9 @@ struct TableStats {
   int64_t bad;         // records and headers that failed their check
   int64_t torn_bytes;  // bytes after the last whole record of a log
   Repeats repeats;     // of all records that this object has read
-  std::vector<std::string> skipped;  // "PATH is REASON": the logs that are not read
+
+  // The logs that are not read, as "PATH is REASON".
+  std::vector<std::string> skipped;
 };
 
 // Any number of threads may use one Table, and any number of processes one folder. A forked child

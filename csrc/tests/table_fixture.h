@@ -25,6 +25,7 @@ static int flock_error = 0, truncate_error = 0, sync_error = 0;
 static bool fake_sync = false;  // 20 ms each
 static int unlink_error = 0, empty_listings = 0;
 static const char* vanishing = nullptr;  // a file replaced between its opening and the lock
+static bool keeps_vanishing = false, flips_listings = false;
 
 static int refuse(int error, long result) {
   if (error == 0) return static_cast<int>(result);
@@ -36,7 +37,7 @@ extern "C" int flock(int fd, int how) {
   if (vanishing != nullptr) {
     unlinkat(AT_FDCWD, vanishing, 0);
     close(open(vanishing, O_CREAT | O_WRONLY, 0666));
-    vanishing = nullptr;
+    if (!keeps_vanishing) vanishing = nullptr;
   }
   return refuse(flock_error, flock_error ? 0 : syscall(SYS_flock, fd, how));
 }
@@ -49,9 +50,12 @@ extern "C" int fdatasync(int fd) {
 extern "C" int fsync(int fd) { return fake_sync ? 0 : static_cast<int>(syscall(SYS_fsync, fd)); }
 extern "C" dirent* readdir(DIR* stream) {
   static const auto next = reinterpret_cast<dirent* (*)(DIR*)>(dlsym(RTLD_NEXT, "readdir"));
-  if (empty_listings == 0) return next(stream);
-  --empty_listings;
-  return nullptr;
+  static int listings = 0;
+  const bool empty = empty_listings > 0 || (flips_listings && listings % 2 == 1);
+  if (empty_listings > 0) --empty_listings;
+  dirent* const entry = empty ? nullptr : next(stream);
+  listings += entry == nullptr;
+  return entry;
 }
 extern "C" int unlinkat(int folder, const char* name, int flags) noexcept {
   return refuse(unlink_error, unlink_error ? 0 : syscall(SYS_unlinkat, folder, name, flags));

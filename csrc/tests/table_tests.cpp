@@ -168,6 +168,23 @@ void test_vanishing_logs() {
   expect(insert(writer, 10, 10) == 10 && fs::file_size(path) == 32 * 11, "opened again");
 }
 
+// Another process that changes the folder all the time blocks neither readers nor writers.
+void test_endless_changes() {
+  const std::string folder = fresh("endless"), path = folder + "/00000.log";
+  insert(*std::make_unique<Table>(folder, kPrint), 0, 10);
+  flips_listings = true;
+  Table reader(folder, kPrint);
+  flips_listings = false;
+  expect(count_right(reader, 0, 10) == 10, "listings that differ every time");
+  vanishing = path.c_str();
+  keeps_vanishing = true;
+  Table writer(folder, kPrint);
+  const std::string error = thrown([&] { Table(folder, kPrint, "00000"); });
+  expect(has(error, "another process replaces all the time"), error);
+  keeps_vanishing = false;
+  vanishing = nullptr;
+}
+
 // A compaction that stops at any step loses no records, and the next one completes.
 void test_compaction_stops() {
   const std::string folder = fresh("stops");
@@ -344,6 +361,7 @@ int main(int argc, char** argv) {
   test_full_disk();
   test_system_errors();
   test_vanishing_logs();
+  test_endless_changes();
   test_compaction_stops();
   test_faults(std::atoi(argv[2]));
   test_threads(std::atof(argv[3]));

@@ -200,6 +200,18 @@ def test_a_planted_lock_stops_only_the_compaction(folder, victim, what):
 
 
 @needs_extension
+def test_a_log_that_gets_a_second_link_is_no_longer_written(folder, tmp_path):
+    table = open_table(folder, FINGERPRINT)
+    table.insert(*make(range(5)))
+    backup = tmp_path / "backup"
+    backup.hardlink_to(folder / "00000.log")
+    before = backup.read_bytes()
+    assert table.insert(*make(range(5, 8))) == 3 and table.writer == "00001"
+    assert backup.read_bytes() == before
+    assert find(open_table(folder, FINGERPRINT), range(8)).all()
+
+
+@needs_extension
 @needs_root
 def test_logs_of_other_users_are_read_but_neither_written_nor_merged(folder):
     table = open_table(folder, FINGERPRINT)
