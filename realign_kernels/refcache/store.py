@@ -394,12 +394,19 @@ class DatabaseTable:
         if refusal := _refusal(self._path):
             raise OSError(errno.EINVAL, f"{refusal}. Remove it, or use another folder", self._path)
         # Each row takes 42 bytes and 12 steps. A file whose pages form circles has endless rows.
-        calls = itertools.count(-100 - os.path.getsize(self._path) // 2**17)
+        budget = 100 + os.path.getsize(self._path) // 2**17
+        calls = 0
+
+        def is_endless() -> bool:
+            nonlocal calls
+            calls += 1
+            return calls > budget
+
         uri = f"{Path(self._path).absolute().as_uri()}?mode=rw"
         try:
             opened = sqlite3.connect(uri, timeout=60, isolation_level=None, uri=True)
             with contextlib.closing(opened) as database:
-                database.set_progress_handler(lambda: next(calls) > 0, _STEPS)
+                database.set_progress_handler(is_endless, _STEPS)
                 database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 4096)
                 for setting in ("trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0"):
                     database.execute(f"PRAGMA {setting}")
@@ -411,7 +418,9 @@ class DatabaseTable:
             if code == sqlite3.SQLITE_ERROR:  # no such table or column
                 raise self._foreign() from error
             damage = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_TOOBIG)
-            if code in (*damage, sqlite3.SQLITE_INTERRUPT):  # interrupted by the progress handler
+            if code == sqlite3.SQLITE_INTERRUPT and calls <= budget:  # Ctrl-C in is_endless
+                raise KeyboardInterrupt from error
+            if code in (*damage, sqlite3.SQLITE_INTERRUPT):
                 raise self._damaged(str(error)) from error
             what = f"{error}. Free some disk space, check permissions, or remove the file"
             raise OSError(errno.EIO, what, self._path) from error
@@ -466,7 +475,7 @@ class DatabaseTable:
         # The casts are needed because damage may change the type of a value.
         about = "SELECT CAST(fingerprint AS BLOB), CAST(origin AS BLOB) FROM about LIMIT 1"
         fingerprint, origin = database.execute(about).fetchone() or (None, None)
-        if not fingerprint or not origin:
+        if not origin or not fingerprint or len(fingerprint) != len(self._fingerprint):
             raise self._foreign()
         if fingerprint != self._fingerprint:
             raise ValueError(

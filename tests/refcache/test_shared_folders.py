@@ -207,8 +207,12 @@ def test_a_log_that_gets_a_second_link_is_no_longer_written(folder, tmp_path):
     backup.hardlink_to(folder / "00000.log")
     before = backup.read_bytes()
     assert table.insert(*make(range(5, 8))) == 3 and table.writer == "00001"
+    table.close()
+    table = open_table(folder, FINGERPRINT)  # a later run
+    assert find(table, range(8)).all()
+    assert table.insert(*make(range(8, 9))) == 1 and table.writer == "00001"
+    assert compact_table(folder, FINGERPRINT)["logs_skipped"] == 1
     assert backup.read_bytes() == before
-    assert find(open_table(folder, FINGERPRINT), range(8)).all()
 
 
 @needs_extension
@@ -379,6 +383,24 @@ def test_a_large_record_is_not_read(folder, database):
         made.execute("UPDATE records SET record = zeroblob(10000) WHERE id = 2")
     with pytest.warns(RuntimeWarning, match="is damaged .*too big"):
         open_table(folder, FINGERPRINT)
+
+
+def test_an_interrupt_is_no_damage(folder, database, monkeypatch):
+    """SQLite clears a KeyboardInterrupt in its progress handler, and reports an interruption."""
+    open_table(folder, FINGERPRINT).insert(*make(range(2000)))
+    monkeypatch.setattr(store, "_STEPS", 1)
+    monkeypatch.setattr(os.path, "getsize", lambda path: 2**40)
+    for _ in range(10):
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.003)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                while True:
+                    open_table(folder, FINGERPRINT)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert os.listdir(folder) == [DATABASE]
 
 
 def endless_tree(path, root, leaf, start):
