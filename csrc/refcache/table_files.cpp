@@ -1,6 +1,5 @@
 #include "refcache/table_files.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
@@ -51,17 +50,13 @@ std::string unsuitable(mode_t mode) {
 
 // Opens an existing file of the folder, see open_to_read.
 File open_file(const Folder& folder, const std::string& name, int flags, std::string& refusal) {
-  struct stat status;
-  refusal.clear();
-  if (!folder.status(name, status)) return File();
-  // Opening a device can have effects, so the kind is checked before and after opening.
-  refusal = unsuitable(status.st_mode);
-  if (!refusal.empty()) return File();
   int fd;
   do {
     fd = openat(folder.fd(), name.c_str(), flags | kCareful);
   } while (fd < 0 && errno == EINTR);
   File file(fd);
+  struct stat status;
+  refusal.clear();
   if (file) {
     if (fstat(fd, &status) != 0) throw FileError(errno, folder.path(name), "opening a log");
     refusal = unsuitable(status.st_mode);
@@ -78,11 +73,11 @@ File open_file(const Folder& folder, const std::string& name, int flags, std::st
     case EWOULDBLOCK:
       refusal = "leased by another process";
       return File();
-    case ELOOP:   // replaced after the check
-    case EMLINK:  // ELOOP on FreeBSD
-    case ENXIO:
+    case ELOOP:   // a link
+    case EMLINK:  // a link, on FreeBSD
+    case ENXIO:   // a socket
     case EISDIR:
-      refusal = "not a regular file";
+      if (folder.status(name, status)) refusal = unsuitable(status.st_mode);
       return File();
     default:
       throw FileError(errno, folder.path(name), "opening a log");
@@ -107,31 +102,28 @@ void File::close() {
 }
 
 Folder::Folder(const std::string& path) : path_(path) {
-  file_ = File(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
-  if (file_) return;
+  File file(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+  if (file) stream_.reset(fdopendir(file.fd()));
+  if (stream_) {
+    file.release();
+    return;
+  }
   const int code = errno;
   struct stat status;
   if (lstat(path.c_str(), &status) == 0 && S_ISLNK(status.st_mode)) {
     throw FileError(ENOTDIR, path,
-                    "the folder of a table is a symbolic link, which may lead anywhere");
+                    "the folder of a table is a symbolic link, which may lead anywhere. Remove it");
   }
   throw FileError(code, path, "opening a table");
 }
 
 std::vector<std::string> Folder::logs() const {
-  const int copy = openat(fd(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  DIR* stream = copy < 0 ? nullptr : fdopendir(copy);
-  if (stream == nullptr) {
-    const int code = errno;
-    File(copy).close();
-    if (code == ENOENT) return {};  // the folder was removed
-    throw FileError(code, path_, "listing a table");
-  }
+  rewinddir(stream_.get());
   std::vector<std::string> names;
   int code = 0;
   for (;;) {
     errno = 0;
-    const dirent* entry = readdir(stream);
+    const dirent* entry = readdir(stream_.get());
     if (entry == nullptr) {
       code = errno;
       break;
@@ -140,8 +132,9 @@ std::vector<std::string> Folder::logs() const {
     const bool is_log = name.size() > 4 && name.compare(name.size() - 4, 4, ".log") == 0;
     if (is_log && plain_name(name[0] == '+' ? name.substr(1) : name)) names.push_back(name);
   }
-  closedir(stream);
-  if (code != 0) throw FileError(code, path_, "listing a table");
+  if (code != 0 && code != ENOENT) {  // ENOENT: the folder was removed
+    throw FileError(code, path_, "listing a table");
+  }
   std::sort(names.begin(), names.end());
   return names;
 }

@@ -2,10 +2,12 @@
 // link, waits for a pipe, or writes to a file of another user.
 #pragma once
 
+#include <dirent.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -34,6 +36,7 @@ class File {
   File(File&& other) noexcept : fd_(other.fd_) { other.fd_ = -1; }
   File& operator=(File&& other) noexcept;
   void close();
+  void release() { fd_ = -1; }  // another object closes it
   int fd() const { return fd_; }
   explicit operator bool() const { return fd_ >= 0; }
 
@@ -41,7 +44,7 @@ class File {
   int fd_ = -1;
 };
 
-// The open folder of a table. Names are relative to the open folder, so a link that replaces its
+// The open folder of a table, for one thread. Names are relative to the open folder, so a link that replaces its
 // path later has no effect.
 class Folder {
  public:
@@ -49,7 +52,7 @@ class Folder {
   // links.
   explicit Folder(const std::string& path);
 
-  int fd() const { return file_.fd(); }
+  int fd() const { return dirfd(stream_.get()); }
   std::string path(const std::string& name) const { return path_ + "/" + name; }
 
   // Names of the logs, sorted. A name with other characters than the program uses is no log.
@@ -62,8 +65,12 @@ class Folder {
   void sync() const;
 
  private:
+  struct Close {
+    void operator()(DIR* stream) const { closedir(stream); }
+  };
+
   std::string path_;
-  File file_;
+  std::unique_ptr<DIR, Close> stream_;
 };
 
 // Whether a name consists of letters, digits, '.', '_' and '-', without a leading dot.
