@@ -54,7 +54,7 @@ extern "C" dirent* readdir(DIR* stream) {
   const bool empty = empty_listings > 0 || (flips_listings && listings % 2 == 1);
   if (empty_listings > 0) --empty_listings;
   dirent* const entry = empty ? nullptr : next(stream);
-  listings += entry == nullptr;
+  if (flips_listings) listings += entry == nullptr;  // by one thread
   return entry;
 }
 extern "C" int unlinkat(int folder, const char* name, int flags) noexcept {
