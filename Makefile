@@ -18,11 +18,12 @@ export TRITON_CACHE_DIR ?= $(CACHE)/triton
 export REALIGN_CACHE ?= $(CACHE)/realign
 export PYTEST_DEBUG_TEMPROOT ?= $(CACHE)/pytest
 
-.PHONY: help build demo test bench bench-full bench-gpu gpu-wheels gpu-rehearsal report docs lint clean
+.PHONY: help build demo test fuzz bench bench-full bench-gpu gpu-wheels gpu-rehearsal report docs lint clean
 
 help:
 	@echo 'make demo    run the whole pipeline on the embedded digits; writes demo/'
 	@echo 'make test    run the tests'
+	@echo 'make fuzz    run the C++ table and packing on random faults under sanitizers, for SECONDS=600'
 	@echo 'make bench   run the benchmarks, with TRL, Liger and CCE, which it installs'
 	@echo 'make bench-full     run all benchmarks'
 	@echo 'make bench-gpu      run all benchmarks on a CUDA machine and write the report'
@@ -50,6 +51,15 @@ demo: $(STAMP)
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(RUN) -m pytest -q -n auto --dist worksteal tests
+
+# Needs neither Python nor pybind11. A failure prints its seed, which repeats it.
+SECONDS := 600
+FUZZ := build/fuzz
+fuzz:
+	cmake -S . -B $(FUZZ) -DREALIGN_PYTHON=OFF -DREALIGN_TESTS=ON -DREALIGN_SANITIZE=address,undefined
+	cmake --build $(FUZZ) --target fuzz_tests
+	mkdir -p $(FUZZ)/work
+	$(FUZZ)/fuzz_tests $(SECONDS) $$(date +%s) $(FUZZ)/work
 
 bench: $(STAMP)
 	$(RUN) -m pip install -q -c constraints.txt -e '.[bench,peers]'

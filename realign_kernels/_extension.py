@@ -9,7 +9,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-ABI = 4
+ABI = 5
 """The version of csrc/bindings/kernels.cpp that this Python code expects."""
 
 

@@ -9,6 +9,7 @@
 #if defined(REALIGN_HAS_EXP_HEAD)
 #include <pybind11/stl.h>
 
+#include "bindings/arrays.h"
 #include "gemm/exp_head.h"
 #endif
 
@@ -17,10 +18,7 @@ namespace py = pybind11;
 #if defined(REALIGN_HAS_EXP_HEAD)
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+using realign::at;
 
 // Keeps the GIL, because it only enqueues.
 void exp_head(uintptr_t hidden,

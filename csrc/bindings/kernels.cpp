@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
+#include <limits>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -17,6 +19,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "bindings/arrays.h"
 #include "cpu.h"
 #include "gemm/gemm.h"
 #include "rows/rows.h"
@@ -25,6 +28,7 @@ namespace py = pybind11;
 
 namespace {
 
+using realign::at;
 using realign::Dtype;
 
 Dtype dtype_of(const std::string& name) {
@@ -33,9 +37,16 @@ Dtype dtype_of(const std::string& name) {
   throw py::value_error("dtype must be float32 or bfloat16, got " + name);
 }
 
-template <class T = void>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+void* at(uintptr_t address, Dtype dtype) {
+  return dtype == Dtype::f32 ? static_cast<void*>(at<float>(address)) : at<uint16_t>(address);
+}
+
+// Loops and offsets are in int64 and int, so negative sizes would be undefined.
+void check_sizes(std::initializer_list<int64_t> sizes, int threads) {
+  for (const int64_t size : sizes) {
+    if (size < 0) throw py::value_error("a size is negative: " + std::to_string(size));
+  }
+  if (threads < 1) throw py::value_error("threads must be at least 1");
 }
 
 py::dict cpu_features() {
@@ -52,8 +63,9 @@ py::dict cpu_features() {
 void gemm(const std::string& dtype, int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row,
           int64_t a_column, uintptr_t b, int64_t b_row, int64_t b_column, uintptr_t c,
           int64_t c_row, const std::string& c_dtype, bool accumulate, int threads) {
-  const realign::Matrix left{at<const void>(a), a_row, a_column};
-  const realign::Matrix right{at<const void>(b), b_row, b_column};
+  check_sizes({m, n, k}, threads);
+  const realign::Matrix left{at(a, dtype_of(dtype)), a_row, a_column};
+  const realign::Matrix right{at(b, dtype_of(dtype)), b_row, b_column};
   if ((a_row != 1 && a_column != 1) || (b_row != 1 && b_column != 1)) {
     throw py::value_error("a and b must be contiguous along one axis");
   }
@@ -65,8 +77,8 @@ void gemm(const std::string& dtype, int64_t m, int64_t n, int64_t k, uintptr_t a
   if (multiply == nullptr) {
     throw py::value_error("there is no " + dtype + " GEMM for this CPU. Check cpu_features().");
   }
+  const realign::Product product{at(c, dtype_of(c_dtype)), c_row, half_out, accumulate};
   py::gil_scoped_release release;
-  const realign::Product product{at(c), c_row, half_out, accumulate};
   multiply(m, n, k, left, right, product, threads);
 }
 
@@ -76,12 +88,14 @@ void row_stats(uintptr_t logits, const std::string& logits_dtype, int64_t logits
                const std::string& exp_logits_dtype, int64_t exp_logits_stride, uintptr_t target,
                uintptr_t logit, uintptr_t max_logit, uintptr_t sum_exp, uintptr_t dz_dlogit,
                int threads) {
-  const realign::RowInputs in{at(logits),     dtype_of(logits_dtype), logits_stride,
-                              rows,           vocabulary,             at<const int64_t>(labels),
-                              at<float>(bias), softcap,               temperature,
+  check_sizes({rows, vocabulary}, threads);
+  const Dtype from = dtype_of(logits_dtype), to = dtype_of(exp_logits_dtype);
+  const realign::RowInputs in{at(logits, from), from,       logits_stride,
+                              rows,             vocabulary, at<const int64_t>(labels),
+                              at<float>(bias),  softcap,    temperature,
                               at<const bool>(runner_up)};
   const realign::RowOutputs out{
-      at(exp_logits),       dtype_of(exp_logits_dtype), exp_logits_stride,  at<int64_t>(target),
+      at(exp_logits, to),   to,                         exp_logits_stride,  at<int64_t>(target),
       at<float>(logit),     at<float>(max_logit),       at<float>(sum_exp), at<float>(dz_dlogit)};
   realign::cpu();  // may throw for REALIGN_CPU, so call it before the GIL is released
   py::gil_scoped_release release;
@@ -92,12 +106,18 @@ void hidden_grad_epilogue(int64_t rows, int64_t width, uintptr_t exp_w, uintptr_
                           int64_t weight_stride, const std::string& weight_dtype, uintptr_t target,
                           uintptr_t dz_dlogit, uintptr_t sum_exp, uintptr_t factor, uintptr_t out,
                           const std::string& out_dtype, int threads) {
+  check_sizes({rows, width}, threads);
   const Dtype from = dtype_of(weight_dtype), to = dtype_of(out_dtype);
+  const auto* exp_w_data = at<const float>(exp_w);
+  const void* weight_data = at(weight, from);
+  const auto* targets = at<const int64_t>(target);
+  const auto* slopes = at<const float>(dz_dlogit);
+  const auto* sums = at<const float>(sum_exp);
+  const auto* factors = at<const float>(factor);
+  void* const out_data = at(out, to);
   py::gil_scoped_release release;
-  realign::hidden_grad_epilogue(rows, width, at<const float>(exp_w), at<const void>(weight),
-                            weight_stride, from, at<const int64_t>(target),
-                            at<const float>(dz_dlogit), at<const float>(sum_exp),
-                            at<const float>(factor), at(out), to, threads);
+  realign::hidden_grad_epilogue(rows, width, exp_w_data, weight_data, weight_stride, from, targets,
+                                slopes, sums, factors, out_data, to, threads);
 }
 
 // Memory for a large result. The last tensor returns it to a pool. The first touch of 128 MiB takes
@@ -105,6 +125,9 @@ void hidden_grad_epilogue(int64_t rows, int64_t width, uintptr_t exp_w, uintptr_
 class Block {
  public:
   explicit Block(size_t bytes) {
+    if (bytes > std::numeric_limits<py::ssize_t>::max() / 2) {
+      throw py::value_error("a block of " + std::to_string(bytes) + " bytes is too large");
+    }
     std::lock_guard<std::mutex> lock(mutex());
     auto& kept = pool();
     for (auto it = kept.begin(); it != kept.end(); ++it) {
@@ -158,16 +181,17 @@ class Block {
   size_t size_ = 0;
 };
 
-py::array_t<float> exponential(const py::array_t<float, py::array::c_style>& x) {
+py::array_t<float> exponential(const py::array& x) {
+  const float* from = realign::flat<float>(x, "x", "float32");
   py::array_t<float> out(x.size());
-  realign::row_kernels().back().exp(x.data(), out.mutable_data(), x.size());
+  realign::row_kernels().back().exp(from, out.mutable_data(), x.size());
   return out;
 }
 
 }  // namespace
 
 void bind_kernels(py::module_& module) {
-  module.attr("ABI") = 4;  // incremented when a signature changes (see _extension.py)
+  module.attr("ABI") = 5;  // incremented when a signature changes (see _extension.py)
   module.def("cpu_features", &cpu_features, "CPU features that the kernels use.");
   module.def("gemm", &gemm, py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
              py::arg("a"), py::arg("a_row"), py::arg("a_column"), py::arg("b"), py::arg("b_row"),

@@ -6,23 +6,15 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "bindings/arrays.h"
 #include "refcache/packing.h"
 
 namespace py = pybind11;
 
 namespace {
-
-const int64_t* int64_data(const py::array& array, const char* name) {
-  const bool contiguous = (array.flags() & py::array::c_style) != 0;
-  if (!py::isinstance<py::array_t<int64_t>>(array) || array.ndim() != 1 || !contiguous) {
-    throw py::value_error(std::string(name) + " must be a contiguous 1-D int64 array");
-  }
-  return static_cast<const int64_t*>(array.data());
-}
 
 // Passes the vector's memory to numpy without a copy.
 py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values) {
@@ -38,9 +30,9 @@ py::tuple pack_forest(const py::array& root_lengths,
                       const py::array& leaf_lengths,
                       const py::array& leaf_roots,
                       int64_t budget) {
-  const int64_t* roots = int64_data(root_lengths, "root_lengths");
-  const int64_t* leaves = int64_data(leaf_lengths, "leaf_lengths");
-  const int64_t* parents = int64_data(leaf_roots, "leaf_roots");
+  const int64_t* roots = realign::flat<int64_t>(root_lengths, "root_lengths", "int64");
+  const int64_t* leaves = realign::flat<int64_t>(leaf_lengths, "leaf_lengths", "int64");
+  const int64_t* parents = realign::flat<int64_t>(leaf_roots, "leaf_roots", "int64");
   const int64_t num_roots = root_lengths.size();
   const int64_t num_leaves = leaf_lengths.size();
   if (leaf_roots.size() != num_leaves) {
@@ -49,20 +41,7 @@ py::tuple pack_forest(const py::array& root_lengths,
   realign::ForestPacking packing;
   {
     py::gil_scoped_release release;
-    for (int64_t root = 0; root < num_roots; ++root) {
-      if (roots[root] < 1 || roots[root] >= budget) {
-        throw py::value_error("root_lengths must be in [1, budget)");
-      }
-    }
-    for (int64_t leaf = 0; leaf < num_leaves; ++leaf) {
-      const int64_t parent = parents[leaf];
-      if (parent < 0 || parent >= num_roots) {
-        throw py::value_error("leaf_roots must be in [0, len(root_lengths))");
-      }
-      if (leaves[leaf] < 1 || leaves[leaf] > budget - roots[parent]) {
-        throw py::value_error("leaf_lengths must be in [1, budget - root]");
-      }
-    }
+    realign::check_forest(roots, num_roots, leaves, parents, num_leaves, budget);
     packing = realign::pack_forest(roots, num_roots, leaves, parents, num_leaves, budget);
   }
   return py::make_tuple(

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/arrays.h"
 #include "staging/staging_host.h"
 #if defined(REALIGN_HAS_CUDA)
 #include "staging/staging_cuda.h"
@@ -17,6 +18,7 @@ namespace py = pybind11;
 
 namespace {
 
+using realign::at;
 using realign::Staging;
 
 std::unique_ptr<Staging> make_staging(int slots, int device) {
@@ -32,12 +34,12 @@ std::unique_ptr<Staging> make_staging(int slots, int device) {
 
 // Keeps the GIL, because it only enqueues. The GIL also protects `offsets`.
 void push(Staging& ring, uintptr_t values, int64_t count,
-          const py::array_t<int64_t, py::array::c_style>& offsets, uintptr_t stream) {
-  if (offsets.ndim() != 1 || offsets.size() < 1) {
+          const py::array& offsets, uintptr_t stream) {
+  const auto* from = realign::flat<int64_t>(offsets, "offsets", "int64");
+  if (offsets.size() < 1) {
     throw py::value_error("offsets must be 1-D, with one entry more than the number of leaves");
   }
-  ring.push(reinterpret_cast<const float*>(values), count, offsets.data(), offsets.size() - 1,
-            reinterpret_cast<void*>(stream));
+  ring.push(at<const float>(values), count, from, offsets.size() - 1, at(stream));
 }
 
 py::array_t<double> pop(Staging& ring) {
@@ -59,7 +61,7 @@ void bind_staging(py::module_& module) {
 #endif
   py::class_<Staging>(module, "StagingRing")
       .def(py::init(&make_staging), py::arg("slots"), py::arg("device") = -1)
-      .def("push", &push, py::arg("values"), py::arg("count"), py::arg("offsets").noconvert(),
+      .def("push", &push, py::arg("values"), py::arg("count"), py::arg("offsets"),
            py::arg("stream") = 0)
       .def("pop", &pop)
       .def_property_readonly("pending", &Staging::pending)

@@ -8,8 +8,10 @@
 #include <exception>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
+#include "bindings/arrays.h"
 #include "refcache/table.h"
 
 namespace py = pybind11;
@@ -27,29 +29,29 @@ Fingerprint to_fingerprint(const py::bytes& bytes) {
   return fingerprint;
 }
 
-void check_flat(const py::array& array, const char* name, const char* dtype) {
-  constexpr int aligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-  const int needed = py::array::c_style | aligned;
-  if (array.ndim() != 1 || (array.flags() & needed) != needed) {
-    throw py::value_error(std::string(name) + " must be a contiguous 1-D array of " + dtype);
+// A path or name without a null byte, at which the system would cut it.
+const std::string& whole(const std::string& text, const char* name) {
+  if (text.find('\0') != std::string::npos) {
+    throw py::value_error(std::string(name) + " has a null byte. Use another one.");
   }
+  return text;
 }
 
 const uint8_t* key_data(const py::array& keys) {
   if (keys.dtype().kind() != 'V' || keys.itemsize() != 16) {
     throw py::value_error("keys must be a contiguous 1-D array of V16");
   }
-  check_flat(keys, "keys", "V16");
+  realign::check_flat(keys, "keys", "V16");
   return static_cast<const uint8_t*>(keys.data());
 }
 
 template <class T>
-const T* data(const py::array& array, const char* name, const char* dtype, py::ssize_t size) {
-  check_flat(array, name, dtype);
-  if (!py::isinstance<py::array_t<T>>(array) || array.size() != size) {
+const T* column(const py::array& array, const char* name, const char* dtype, py::ssize_t size) {
+  const T* data = realign::flat<T>(array, name, dtype);
+  if (array.size() != size) {
     throw py::value_error(std::string(name) + " must be " + dtype + ", one for each key");
   }
-  return static_cast<const T*>(array.data());
+  return data;
 }
 
 py::tuple lookup(const Table& table, const py::array& keys) {
@@ -69,11 +71,18 @@ py::tuple lookup(const Table& table, const py::array& keys) {
 size_t insert(Table& table, const py::array& keys, const py::array& logps,
               const py::array& tokens) {
   const uint8_t* from = key_data(keys);
-  const double* values = data<double>(logps, "logps", "float64", keys.size());
-  const int32_t* counts = data<int32_t>(tokens, "tokens", "int32", keys.size());
+  const double* values = column<double>(logps, "logps", "float64", keys.size());
+  const int32_t* counts = column<int32_t>(tokens, "tokens", "int32", keys.size());
   const auto n = static_cast<size_t>(keys.size());
   py::gil_scoped_release release;
   return table.insert(from, values, counts, n);
+}
+
+// Paths need not be UTF-8.
+py::object decoded(const std::string& text) {
+  PyObject* object = PyUnicode_DecodeFSDefaultAndSize(text.data(), py::ssize_t(text.size()));
+  if (object == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
 }
 
 py::dict stats(const Table& table) {
@@ -94,6 +103,9 @@ py::dict stats(const Table& table) {
   found["conflicts"] = stats.repeats.conflicts;
   found["largest_difference"] = stats.repeats.largest_difference;
   found["writer"] = writer;
+  py::list skipped;
+  for (const std::string& log : stats.skipped) skipped.append(decoded(log));
+  found["skipped"] = skipped;
   return found;
 }
 
@@ -102,7 +114,7 @@ py::dict compact_table(const std::string& folder, const py::bytes& fingerprint) 
   realign::Compaction done;
   {
     py::gil_scoped_release release;
-    done = realign::compact_table(folder, print);
+    done = realign::compact_table(whole(folder, "folder"), print);
   }
   py::dict found;
   found["records"] = done.records;
@@ -110,6 +122,7 @@ py::dict compact_table(const std::string& folder, const py::bytes& fingerprint) 
   found["bytes_after"] = done.bytes_after;
   found["logs_merged"] = done.logs_merged;
   found["logs_in_use"] = done.logs_in_use;
+  found["logs_skipped"] = done.logs_skipped;
   found["bad_dropped"] = done.bad_dropped;
   found["torn_bytes"] = done.torn_bytes;
   found["duplicates_dropped"] = done.duplicates_dropped;
@@ -121,8 +134,10 @@ void translate(std::exception_ptr pointer) {
   try {
     if (pointer) std::rethrow_exception(pointer);
   } catch (const realign::FileError& error) {
-    const py::tuple arguments = py::make_tuple(error.code(), error.what(), error.path());
+    const py::tuple arguments = py::make_tuple(error.code(), decoded(error.what()), decoded(error.path()));
     PyErr_SetObject(PyExc_OSError, arguments.ptr());
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetObject(PyExc_ValueError, decoded(error.what()).ptr());
   }
 }
 
@@ -136,7 +151,7 @@ void bind_table(py::module_& module) {
                        const std::optional<std::string>& writer, bool read_only) {
              const Fingerprint print = to_fingerprint(fingerprint);
              py::gil_scoped_release release;
-             return std::make_unique<Table>(folder, print, writer, read_only);
+             return std::make_unique<Table>(whole(folder, "folder"), print, writer, read_only);
            }),
            py::arg("folder"), py::arg("fingerprint"), py::arg("writer") = py::none(),
            py::arg("read_only") = false)

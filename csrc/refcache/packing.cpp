@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 #include <set>
+#include <stdexcept>
 #include <utility>
 
 namespace realign {
@@ -65,6 +66,24 @@ Groups group_by(const int64_t* keys, const std::vector<int64_t>& order, int64_t 
 }
 
 }  // namespace
+
+void check_forest(const int64_t* root_lengths, int64_t num_roots, const int64_t* leaf_lengths,
+                  const int64_t* leaf_roots, int64_t num_leaves, int64_t budget) {
+  for (int64_t root = 0; root < num_roots; ++root) {
+    if (root_lengths[root] < 1 || root_lengths[root] >= budget) {
+      throw std::invalid_argument("root_lengths must be in [1, budget)");
+    }
+  }
+  for (int64_t leaf = 0; leaf < num_leaves; ++leaf) {
+    const int64_t parent = leaf_roots[leaf];
+    if (parent < 0 || parent >= num_roots) {
+      throw std::invalid_argument("leaf_roots must be in [0, len(root_lengths))");
+    }
+    if (leaf_lengths[leaf] < 1 || leaf_lengths[leaf] > budget - root_lengths[parent]) {
+      throw std::invalid_argument("leaf_lengths must be in [1, budget - root]");
+    }
+  }
+}
 
 ForestPacking pack_forest(const int64_t* root_lengths,
                           int64_t num_roots,

@@ -16,8 +16,12 @@ struct ForestPacking {
   std::vector<int64_t> row_lengths;  // (rows,)
 };
 
-// The caller checks that lengths are positive, that every root has a leaf, and that root + leaf <=
-// budget for each leaf. All sums are then at most `budget`, so int64 cannot overflow.
+// Throws std::invalid_argument unless lengths are positive, leaf_roots are indices of roots, and
+// root + leaf <= budget for each leaf.
+void check_forest(const int64_t* root_lengths, int64_t num_roots, const int64_t* leaf_lengths,
+                  const int64_t* leaf_roots, int64_t num_leaves, int64_t budget);
+
+// The caller has called check_forest. All sums are then at most `budget`, so int64 cannot overflow.
 ForestPacking pack_forest(const int64_t* root_lengths,  // (R,)
                           int64_t num_roots,
                           const int64_t* leaf_lengths,  // (L,)

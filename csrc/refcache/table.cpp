@@ -24,10 +24,12 @@ namespace {
 constexpr size_t kBatch = 64;  // keys whose slots are prefetched together
 constexpr int64_t kUnit = sizeof(Record);
 
+// An endless stream of new names by another process must not block a reader. Compactions change the
+// names once or twice.
+constexpr int kMostListings = 100;
+
 void check_name(const std::string& name) {
-  static const char allowed[] =
-      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-";
-  if (name.empty() || name[0] == '.' || name.find_first_not_of(allowed) != std::string::npos) {
+  if (!plain_name(name)) {
     throw std::invalid_argument("writer is '" + name +
                                 "'. Use letters, digits, '.', '_' and '-', without a leading dot.");
   }
@@ -71,29 +73,29 @@ Table::Table(const std::string& folder, const Fingerprint& fingerprint,
       owner_(getpid()) {
   if (writer) check_name(*writer);
   struct stat status;
-  if (stat(folder.c_str(), &status) != 0) {
-    const int code = errno;
-    if (read_only && code == ENOENT) {
-      throw FileError(code, folder,
+  if (lstat(folder.c_str(), &status) != 0 && errno == ENOENT) {
+    if (read_only) {
+      throw FileError(ENOENT, folder,
                       "there is no table to read. Check the path, or create the table with a "
                       "writer");
     }
-    if (code != ENOENT) throw FileError(code, folder, "opening a table");
     std::error_code error;
     std::filesystem::create_directories(folder, error);
     if (error) throw FileError(error.value(), folder, "creating the folder of a table");
-  } else if (!S_ISDIR(status.st_mode)) {
-    throw FileError(ENOTDIR, folder, "opening a table");
   }
+  const Folder here(folder_);
   int64_t bytes = 0;
-  for (const std::string& name : list_logs(folder_)) {
-    if (stat(path(name).c_str(), &status) == 0) bytes += status.st_size;
+  for (const std::string& name : here.logs()) {
+    // A hole has a size, but no blocks.
+    if (here.status(name, status) && S_ISREG(status.st_mode)) {
+      bytes += std::min<int64_t>(status.st_size, int64_t{512} * status.st_blocks);
+    }
   }
   index_.reserve(static_cast<size_t>(bytes / kUnit));
-  read_logs();
+  read_logs(here);
   // A second writer with this name fails here instead of at its first insert.
   if (writer && !read_only && logs_.count(*writer + ".log") != 0 &&
-      access(path(*writer + ".log").c_str(), W_OK) == 0) {
+      faccessat(here.fd(), (*writer + ".log").c_str(), W_OK, 0) == 0) {
     take_log();
   }
 }
@@ -108,10 +110,10 @@ Table::~Table() {
 
 bool Table::own() const { return file_ && owner_ == getpid(); }
 
-// Whether this process's log is unchanged since its last write: not truncated, not removed.
+// Whether this process's log is unchanged since its last write: not truncated, removed or linked.
 bool Table::intact() const {
   struct stat status;
-  return own() && fstat(file_.fd(), &status) == 0 && status.st_nlink > 0 &&
+  return own() && fstat(file_.fd(), &status) == 0 && status.st_nlink == 1 &&
          status.st_size == end_;
 }
 
@@ -123,28 +125,41 @@ void Table::check_open() const {
 
 // A compaction puts its result in place before it removes the merged logs. Listing a folder is not
 // atomic, however, and may see neither. The folder is therefore listed until it stays the same.
-void Table::read_logs() {
-  std::vector<std::string> names = list_logs(folder_);
-  for (;;) {
+void Table::read_logs(const Folder& folder) {
+  std::vector<std::string> names = folder.logs();
+  for (int listings = 1;; ++listings) {
     for (const std::string& name : names) {
       if (own() && name == name_) continue;
-      const File file = open_to_read(path(name));
-      if (file) read_log(file.fd(), path(name), fingerprint_, logs_[name], index_, repeats_);
+      std::string refusal;
+      const File file = open_to_read(folder, name, refusal);
+      if (file && !read_log(file.fd(), path(name), fingerprint_, logs_[name], index_, repeats_)) {
+        refusal = "a log of another table, written by another user";
+      }
+      if (refusal.empty()) {
+        skipped_.erase(name);
+      } else {
+        logs_.erase(name);
+        skipped_[name] = refusal;
+      }
     }
-    std::vector<std::string> again = list_logs(folder_);
-    if (again == names) break;
+    std::vector<std::string> again = folder.logs();
+    if (again == names || listings == kMostListings) break;
     names = std::move(again);
   }
-  for (auto it = logs_.begin(); it != logs_.end();) {
-    const bool gone = !std::binary_search(names.begin(), names.end(), it->first);
-    it = gone && !(own() && it->first == name_) ? logs_.erase(it) : std::next(it);
-  }
+  const auto forget = [&](auto& known) {
+    for (auto it = known.begin(); it != known.end();) {
+      const bool gone = !std::binary_search(names.begin(), names.end(), it->first);
+      it = gone && !(own() && it->first == name_) ? known.erase(it) : std::next(it);
+    }
+  };
+  forget(logs_);
+  forget(skipped_);
 }
 
 size_t Table::refresh() {
   const Exclusive lock(*this);
   const size_t before = index_.size();
-  read_logs();
+  read_logs(Folder(folder_));
   return index_.size() - before;
 }
 
@@ -257,74 +272,82 @@ void Table::append(const std::vector<Record>& records, size_t count) {
 }
 
 // Takes a log for this process: the requested name, or else the lowest number without a writer. So
-// the logs of crashed writers are used again.
+// the logs of crashed writers are used again. Files that another user may have made are left as
+// they are, so they cannot stop this process.
 void Table::take_log() {
   drop_log();
-  Lock lock;
-  if (asked_ && owner_ == getpid()) {  // in a forked child the name belongs to the parent
-    const std::string name = *asked_ + ".log";
-    File file = open_locked(path(name), true, lock);
-    if (lock == Lock::busy) {
-      throw FileError(EWOULDBLOCK, path(name),
-                      "log " + *asked_ + " of " + folder_ +
-                          " is being written by another process. Give each writer a different "
-                          "name, or none");
-    }
-    if (lock == Lock::unsupported) {
-      throw FileError(ENOLCK, path(name),
-                      "this file system has no locks, so a named log is not safe from a second "
-                      "writer. Omit the writer name");
-    }
-    return begin_log(std::move(file), name);
-  }
+  const Folder folder(folder_);
+  if (asked_ && owner_ == getpid()) return take_named(folder);  // the name belongs to the parent
   for (int number = 0; number < 100000; ++number) {
     char name[16];
     std::snprintf(name, sizeof(name), "%05d.log", number);
-    File file;
-    try {
-      file = open_locked(path(name), true, lock);
-    } catch (const FileError& error) {
-      // A log of another user is skipped. A folder that is not writable is an error.
-      if (error.code() != EACCES || access(path(name).c_str(), F_OK) != 0) throw;
-      continue;
-    }
-    if (lock == Lock::taken) return begin_log(std::move(file), name);
-    if (lock == Lock::unsupported) {
-      const std::string unique = random_name();
-      const int flags = O_RDWR | O_APPEND | O_CLOEXEC | O_CREAT | O_EXCL;
-      file = File(open(path(unique).c_str(), flags, 0666));
-      if (!file) throw FileError(errno, path(unique), "opening a log for writing");
-      return begin_log(std::move(file), unique);
-    }
+    std::string refusal;
+    Lock lock = Lock::taken;
+    File file = open_locked(folder, name, true, lock, refusal);
+    if (!file || lock == Lock::busy) continue;
+    if (lock == Lock::unsupported) break;
+    if (begin_log(std::move(file), name)) return;
   }
-  throw FileError(EAGAIN, folder_, "all log numbers are taken by writers");
+  const std::string unique = random_name();
+  File file = create_file(folder, unique);
+  if (!file) throw FileError(EAGAIN, path(unique), "another process has created this log");
+  begin_log(std::move(file), unique);
 }
 
-// Truncates a torn record of an earlier writer, writes the header if needed, and indexes the rest.
-void Table::begin_log(File file, const std::string& name) {
+void Table::take_named(const Folder& folder) {
+  const std::string name = *asked_ + ".log";
+  std::string refusal;
+  Lock lock = Lock::taken;
+  File file = open_locked(folder, name, true, lock, refusal);
+  if (lock == Lock::busy) {
+    throw FileError(EWOULDBLOCK, path(name),
+                    "log " + *asked_ + " of " + folder_ +
+                        " is being written by another process. Give each writer a different "
+                        "name, or none");
+  }
+  if (lock == Lock::unsupported) {
+    throw FileError(ENOLCK, path(name),
+                    "this file system has no locks, so a named log is not safe from a second "
+                    "writer. Omit the writer name");
+  }
+  if (file && begin_log(std::move(file), name)) return;
+  if (refusal.empty()) refusal = "a file without the header of this table";
+  throw FileError(EINVAL, path(name),
+                  "log " + *asked_ + " is " + refusal + ", so this process does not write to it. "
+                  "Give another writer name, or none");
+}
+
+// Truncates a torn record of an earlier writer, writes the header of an empty log, and indexes the
+// records. Returns false without a change if the file has other content than a log of this table.
+bool Table::begin_log(File file, const std::string& name) {
   struct stat status;
   if (fstat(file.fd(), &status) != 0) throw FileError(errno, path(name), "opening a log");
   int64_t size = status.st_size;
+  if (size == 0) {
+    const Header header = make_header(fingerprint_);
+    int code;
+    if (write_all(file.fd(), &header, sizeof(header), code) != sizeof(header)) {
+      // Empty again, the next writer can use it. If this fails too, it takes another log.
+      if (ftruncate(file.fd(), 0) != 0) code = errno;
+      throw FileError(code, path(name), "no record was written");
+    }
+    size = sizeof(header);
+  } else if (!has_header(file.fd(), path(name), fingerprint_)) {
+    return false;
+  }
   const int64_t whole = size / kUnit * kUnit;
   if (size != whole) {
     if (ftruncate(file.fd(), whole) != 0) throw FileError(errno, path(name), "truncating a log");
     size = whole;
   }
-  if (size == 0) {
-    const Header header = make_header(fingerprint_);
-    int code;
-    if (write_all(file.fd(), &header, sizeof(header), code) != sizeof(header)) {
-      // The next writer that opens the log truncates the partial header.
-      throw FileError(code, path(name), "no record was written");
-    }
-    size = sizeof(header);
-  }
   read_log(file.fd(), path(name), fingerprint_, logs_[name], index_, repeats_);
+  skipped_.erase(name);
   file_ = std::move(file);
   name_ = name;
   owner_ = getpid();
   end_ = size;
   folder_synced_ = false;
+  return true;
 }
 
 void Table::drop_log() {
@@ -349,7 +372,7 @@ void Table::sync() {
 #endif
   try {
     if (!copy || fdatasync(copy.fd()) != 0) throw FileError(errno, synced, "syncing a log");
-    if (folder_due) sync_folder(folder_);
+    if (folder_due) Folder(folder_).sync();
   } catch (const FileError&) {
     folder_synced_ = false;
     throw;
@@ -387,6 +410,9 @@ TableStats Table::stats() const {
     stats.torn_bytes += log.torn_bytes;
   }
   stats.repeats = repeats_;
+  for (const auto& [name, refusal] : skipped_) {
+    stats.skipped.push_back(path(name) + " is " + refusal);
+  }
   return stats;
 }
 

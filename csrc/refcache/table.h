@@ -26,6 +26,9 @@ struct TableStats {
   int64_t bad;         // records and headers that failed their check
   int64_t torn_bytes;  // bytes after the last whole record of a log
   Repeats repeats;     // of all records that this object has read
+
+  // The logs that are not read, as "PATH is REASON".
+  std::vector<std::string> skipped;
 };
 
 // Any number of threads may use one Table, and any number of processes one folder. A forked child
@@ -71,10 +74,11 @@ class Table {
   bool own() const;
   bool intact() const;
   std::string path(const std::string& file) const { return folder_ + "/" + file; }
-  void read_logs();
+  void read_logs(const Folder& folder);
   bool all_known(const std::vector<Record>& records) const;
   void take_log();
-  void begin_log(File file, const std::string& name);
+  void take_named(const Folder& folder);
+  bool begin_log(File file, const std::string& name);
   void drop_log();
   void append(const std::vector<Record>& records, size_t count);
   void release();
@@ -90,6 +94,7 @@ class Table {
   bool closed_ = false;
   Index index_;
   std::map<std::string, Log> logs_;  // by file name
+  std::map<std::string, std::string> skipped_;  // reasons, by file name
   Repeats repeats_;
 
   File file_;           // this process's log
@@ -103,11 +108,12 @@ struct Compaction {
   int64_t records = 0;  // in the new log
   int64_t bytes_before = 0, bytes_after = 0;
   int64_t logs_merged = 0, logs_in_use = 0;
+  int64_t logs_skipped = 0;  // of other users, and files that are no logs
   int64_t bad_dropped = 0, torn_bytes = 0, duplicates_dropped = 0;
 };
 
-// Merges all logs without a live writer into one. A crash at any point loses no records, because
-// the result has its final name before the first of the merged logs is removed.
+// Merges this user's logs without a live writer into one. A crash at any point loses no records,
+// because the result is on the disk before the first of the merged logs is removed.
 Compaction compact_table(const std::string& folder, const Fingerprint& fingerprint);
 
 }  // namespace realign

@@ -1,5 +1,3 @@
-#include <dirent.h>
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,86 +14,98 @@ namespace {
 constexpr int64_t kUnit = sizeof(Record);
 // Sorts before the logs of writers. If values differ, the value that counted before still counts.
 const char kPrefix[] = "+compacted-";
+// Larger numbers come from other programs only. They would overflow.
+constexpr long long kMostNumber = 1'000'000'000;
 
 // One more than the number of any existing result. A name that is used again could be mistaken for
 // the old file.
-std::string fresh_name(const std::vector<std::string>& names) {
-  long number = -1;
+long long next_number(const std::vector<std::string>& names) {
+  long long number = -1;
   for (const std::string& name : names) {
-    if (name.rfind(kPrefix, 0) == 0) {
-      number = std::max(number, std::strtol(name.c_str() + sizeof(kPrefix) - 1, nullptr, 10));
-    }
+    if (name.rfind(kPrefix, 0) != 0) continue;
+    const long long found = std::strtoll(name.c_str() + sizeof(kPrefix) - 1, nullptr, 10);
+    if (found < kMostNumber) number = std::max(number, found);
   }
+  return number + 1;
+}
+
+// Creates the result under a new name.
+std::pair<std::string, File> create_result(const Folder& folder, long long number) {
   char name[48];
-  std::snprintf(name, sizeof(name), "%s%05ld.log", kPrefix, number + 1);
-  return name;
-}
-
-// Removes the partial results of crashed compactions.
-void remove_partial(const std::string& folder) {
-  DIR* stream = opendir(folder.c_str());
-  if (stream == nullptr) throw FileError(errno, folder, "listing a table");
-  const std::string start = std::string(".") + kPrefix;
-  while (const dirent* entry = readdir(stream)) {
-    const std::string name(entry->d_name);
-    if (name.rfind(start, 0) == 0) unlink((folder + "/" + name).c_str());
+  File file;
+  for (const long long end = number + 100; !file; ++number) {  // others may take a few names
+    if (number == end) throw FileError(EAGAIN, folder.path(name), "compacting a table");
+    std::snprintf(name, sizeof(name), "%s%05lld.log", kPrefix, number);
+    file = create_file(folder, name);
   }
-  closedir(stream);
+  return {name, std::move(file)};
 }
 
-void write_log(const std::string& path, const Fingerprint& fingerprint,
-               const std::vector<Record>& records) {
-  const File file(open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
-  if (!file) throw FileError(errno, path, "compacting a table");
+// Readers skip incomplete records, and still find them in the old logs.
+void write_result(const Folder& folder, const std::string& name, int fd,
+                  const Fingerprint& fingerprint, const std::vector<Record>& records) {
   const Header header = make_header(fingerprint);
   const auto bytes = static_cast<int64_t>(records.size()) * kUnit;
   int code;
-  if (write_all(file.fd(), &header, kUnit, code) == kUnit &&
-      write_all(file.fd(), records.data(), bytes, code) == bytes) {
-    if (fsync(file.fd()) == 0) return;
+  if (write_all(fd, &header, kUnit, code) == kUnit &&
+      write_all(fd, records.data(), bytes, code) == bytes) {
+    if (fsync(fd) == 0) return;
     code = errno;
   }
-  unlink(path.c_str());
-  throw FileError(code, path, "compacting a table, which is unchanged");
+  unlinkat(folder.fd(), name.c_str(), 0);
+  throw FileError(code, folder.path(name), "compacting a table, which is unchanged");
 }
 
 }  // namespace
 
-Compaction compact_table(const std::string& folder, const Fingerprint& fingerprint) {
-  const std::string guard = folder + "/.compact.lock";
-  Lock lock;
-  const File only = open_locked(guard, true, lock);
+Compaction compact_table(const std::string& path, const Fingerprint& fingerprint) {
+  const Folder folder(path);
+  // Each user merges own logs only, and so needs an own lock.
+  const std::string guard = ".compact-" + std::to_string(geteuid()) + ".lock";
+  std::string refusal;
+  Lock lock = Lock::taken;
+  const File only = open_locked(folder, guard, true, lock, refusal);
+  if (!only) {
+    throw FileError(EINVAL, folder.path(guard),
+                    "the lock of compactions is " + refusal + ". Remove it, then compact again");
+  }
   if (lock == Lock::busy) {
-    throw FileError(EWOULDBLOCK, guard,
-                    "another process is compacting " + folder + ". Wait until it has finished");
+    throw FileError(EWOULDBLOCK, folder.path(guard),
+                    "another process is compacting " + path + ". Wait until it has finished");
   }
   if (lock == Lock::unsupported) {
-    throw FileError(ENOLCK, guard,
+    throw FileError(ENOLCK, folder.path(guard),
                     "this file system has no locks, so logs of live writers cannot be detected. "
                     "Compact a copy on another file system");
   }
-  remove_partial(folder);
 
   Compaction done;
   Index index;
   Repeats repeats;
   std::vector<Record> kept;
   std::vector<std::pair<std::string, File>> merged;  // the Files hold locks
-  const std::vector<std::string> names = list_logs(folder);
+  const std::vector<std::string> names = folder.logs();
   for (const std::string& name : names) {
-    const std::string path = folder + "/" + name;
-    File file = open_locked(path, false, lock);
-    if (!file) continue;
+    File file = open_locked(folder, name, false, lock, refusal);
+    if (!file) {
+      done.logs_skipped += !refusal.empty();
+      continue;
+    }
     if (lock != Lock::taken) {
       ++done.logs_in_use;
       continue;
     }
     Log log;
-    read_log(file.fd(), path, fingerprint, log, index, repeats, &kept);
+    read_log(file.fd(), folder.path(name), fingerprint, log, index, repeats, &kept);
+    // No record and no header: the file is something else, or its writer has just created it.
+    if (log.position == 0) {
+      done.logs_skipped += log.size > 0;
+      continue;
+    }
     done.bytes_before += log.size;
     done.bad_dropped += log.bad + log.late;
     done.torn_bytes += log.torn_bytes;
-    merged.emplace_back(path, std::move(file));
+    merged.emplace_back(name, std::move(file));
   }
   done.records = static_cast<int64_t>(kept.size());
   done.duplicates_dropped = repeats.duplicates;
@@ -103,17 +113,11 @@ Compaction compact_table(const std::string& folder, const Fingerprint& fingerpri
   const bool clean = done.bad_dropped + done.torn_bytes + done.duplicates_dropped == 0;
   if (merged.empty() || (merged.size() == 1 && clean)) return done;
 
-  const std::string name = fresh_name(names), result = folder + "/" + name;
-  const std::string partial = folder + "/." + name + ".partial";
-  write_log(partial, fingerprint, kept);
-  if (rename(partial.c_str(), result.c_str()) != 0) {
-    throw FileError(errno, result, "compacting a table");
-  }
-  sync_folder(folder);
+  const auto [name, result] = create_result(folder, next_number(names));
+  write_result(folder, name, result.fd(), fingerprint, kept);
+  folder.sync();
   // A reader that misses a removed log now finds its records under the new name.
-  for (const auto& log : merged) {
-    if (unlink(log.first.c_str()) != 0) throw FileError(errno, log.first, "removing a merged log");
-  }
+  for (const auto& log : merged) folder.remove(log.first);
   done.logs_merged = static_cast<int64_t>(merged.size());
   done.bytes_after = kUnit + static_cast<int64_t>(kept.size()) * kUnit;
   return done;

@@ -22,8 +22,10 @@
 
 // Replacements of the C library's functions that let a test make system calls fail.
 static int flock_error = 0, truncate_error = 0, sync_error = 0;
-static int rename_error = 0, unlink_error = 0, empty_listings = 0;
+static bool fake_sync = false;  // 20 ms each
+static int unlink_error = 0, empty_listings = 0;
 static const char* vanishing = nullptr;  // a file replaced between its opening and the lock
+static bool keeps_vanishing = false, flips_listings = false;
 
 static int refuse(int error, long result) {
   if (error == 0) return static_cast<int>(result);
@@ -35,7 +37,7 @@ extern "C" int flock(int fd, int how) {
   if (vanishing != nullptr) {
     unlinkat(AT_FDCWD, vanishing, 0);
     close(open(vanishing, O_CREAT | O_WRONLY, 0666));
-    vanishing = nullptr;
+    if (!keeps_vanishing) vanishing = nullptr;
   }
   return refuse(flock_error, flock_error ? 0 : syscall(SYS_flock, fd, how));
 }
@@ -43,19 +45,20 @@ extern "C" int ftruncate(int fd, off_t size) noexcept {
   return refuse(truncate_error, truncate_error ? 0 : syscall(SYS_ftruncate, fd, size));
 }
 extern "C" int fdatasync(int fd) {
-  return refuse(sync_error, sync_error ? 0 : syscall(SYS_fdatasync, fd));
+  return refuse(sync_error, sync_error || fake_sync ? 0 : syscall(SYS_fdatasync, fd));
 }
+extern "C" int fsync(int fd) { return fake_sync ? 0 : static_cast<int>(syscall(SYS_fsync, fd)); }
 extern "C" dirent* readdir(DIR* stream) {
   static const auto next = reinterpret_cast<dirent* (*)(DIR*)>(dlsym(RTLD_NEXT, "readdir"));
-  if (empty_listings == 0) return next(stream);
-  --empty_listings;
-  return nullptr;
+  static int listings = 0;
+  const bool empty = empty_listings > 0 || (flips_listings && listings % 2 == 1);
+  if (empty_listings > 0) --empty_listings;
+  dirent* const entry = empty ? nullptr : next(stream);
+  if (flips_listings) listings += entry == nullptr;  // by one thread
+  return entry;
 }
-extern "C" int rename(const char* from, const char* to) noexcept {
-  return refuse(rename_error, rename_error ? 0 : renameat(AT_FDCWD, from, AT_FDCWD, to));
-}
-extern "C" int unlink(const char* path) noexcept {
-  return refuse(unlink_error, unlink_error ? 0 : unlinkat(AT_FDCWD, path, 0));
+extern "C" int unlinkat(int folder, const char* name, int flags) noexcept {
+  return refuse(unlink_error, unlink_error ? 0 : syscall(SYS_unlinkat, folder, name, flags));
 }
 
 namespace realign {
@@ -109,6 +112,7 @@ inline std::string fresh(const std::string& name) {
 
 inline std::vector<uint8_t> read_file(const std::string& path) {
   std::vector<uint8_t> bytes(std::filesystem::file_size(path));
+  if (bytes.empty()) return bytes;  // fread takes no null pointer
   FILE* file = std::fopen(path.c_str(), "rb");
   expect(std::fread(bytes.data(), 1, bytes.size(), file) == bytes.size(), "reading " + path);
   std::fclose(file);
@@ -117,7 +121,8 @@ inline std::vector<uint8_t> read_file(const std::string& path) {
 
 inline void write_file(const std::string& path, const std::vector<uint8_t>& bytes) {
   FILE* file = std::fopen(path.c_str(), "wb");
-  expect(std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size(), "writing " + path);
+  const size_t size = bytes.size();
+  expect(size == 0 || std::fwrite(bytes.data(), 1, size, file) == size, "writing " + path);
   std::fclose(file);
 }
 

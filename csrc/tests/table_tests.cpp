@@ -168,6 +168,23 @@ void test_vanishing_logs() {
   expect(insert(writer, 10, 10) == 10 && fs::file_size(path) == 32 * 11, "opened again");
 }
 
+// Another process that changes the folder all the time blocks neither readers nor writers.
+void test_endless_changes() {
+  const std::string folder = fresh("endless"), path = folder + "/00000.log";
+  insert(*std::make_unique<Table>(folder, kPrint), 0, 10);
+  flips_listings = true;
+  Table reader(folder, kPrint);
+  flips_listings = false;
+  expect(count_right(reader, 0, 10) == 10, "listings that differ every time");
+  vanishing = path.c_str();
+  keeps_vanishing = true;
+  Table writer(folder, kPrint);
+  const std::string error = thrown([&] { Table(folder, kPrint, "00000"); });
+  expect(has(error, "another process replaces all the time"), error);
+  keeps_vanishing = false;
+  vanishing = nullptr;
+}
+
 // A compaction that stops at any step loses no records, and the next one completes.
 void test_compaction_stops() {
   const std::string folder = fresh("stops");
@@ -176,7 +193,7 @@ void test_compaction_stops() {
     insert(table, 10 * name, 10);
   }
   Table reader(folder, kPrint);
-  for (int* error : {&flock_error, &rename_error, &unlink_error}) {
+  for (int* error : {&flock_error, &unlink_error}) {
     *error = EIO;
     expect(!thrown([&] { compact_table(folder, kPrint); }).empty(), "a compaction stops");
     *error = 0;
@@ -190,11 +207,11 @@ void test_compaction_stops() {
 
 // Faults of a log after a crash of a process or an error of a disk.
 void test_faults(int rounds) {
-  const std::string folder = fresh("faults"), path = folder + "/name.log";
+  const std::string folder = fresh("faults"), path = folder + "/00000.log";
   constexpr int64_t kCount = 200;
   { Table other(fresh("spliced"), Fingerprint{}); insert(other, 0, kCount); }
   const auto foreign = read_file(root + "/spliced/00000.log");
-  { Table table(folder, kPrint, "name"); insert(table, 0, kCount); }
+  { Table table(folder, kPrint); insert(table, 0, kCount); }
   const auto bytes = read_file(path);
   std::mt19937 random(1);
   const auto below = [&](size_t n) { return static_cast<size_t>(random() % n); };
@@ -220,6 +237,7 @@ void test_faults(int rounds) {
       std::copy_n(from.begin() + source, size, broken.begin() + target);
     }
     write_file(path, broken);
+    fs::remove(folder + "/00001.log");
     // Counts the records that are still in their place. Spliced records may have copies elsewhere.
     int64_t intact = 0, damaged = 0;
     for (size_t at = 32; at + 32 <= broken.size(); at += 32) {
@@ -239,8 +257,12 @@ void test_faults(int rounds) {
     expect(stats.repeats.conflicts == 0, what + ": conflicts");
     expect(stats.torn_bytes == static_cast<int64_t>(broken.size() % 32), what + ": torn bytes");
     lost += kCount - found;
-    Table writer(folder, kPrint, "name");
+    Table writer(folder, kPrint);
     expect(insert(writer, 0, kCount) == static_cast<size_t>(kCount - found), what + ": refilled");
+    // A file without the header is left as it is.
+    const bool usable = broken.empty() || (broken.size() >= 32 && !header);
+    expect(usable || read_file(path) == broken, what + ": unchanged");
+    expect(found == kCount || writer.writer() == (usable ? "00000" : "00001"), what + ": log");
     expect(reader.refresh() == static_cast<size_t>(kCount - found), what + ": refreshed");
     writer.close();
     Table after(folder, kPrint);
@@ -339,6 +361,7 @@ int main(int argc, char** argv) {
   test_full_disk();
   test_system_errors();
   test_vanishing_logs();
+  test_endless_changes();
   test_compaction_stops();
   test_faults(std::atoi(argv[2]));
   test_threads(std::atof(argv[3]));

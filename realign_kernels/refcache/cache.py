@@ -18,7 +18,6 @@ import errno
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from realign_kernels.refcache import fill as reference_pass
+from realign_kernels.refcache.files import (
+    check_folder,
+    read_description,
+    write_description,
+)
 from realign_kernels.refcache.keys import Forest, Leaves, collect_leaves
 from realign_kernels.refcache.store import compact_table, open_table
 
@@ -69,9 +73,9 @@ class ReferenceCache:
         read_only: reject `insert` and `fill`, and create no files.
 
     Raises:
-        ValueError: the fingerprint is empty, the folder holds logs of another table, or read_only
-            is set and there is no table.
-        OSError: the folder cannot be created or read.
+        ValueError: the fingerprint is empty, the folder holds own logs of another table, or
+            read_only is set and there is no table.
+        OSError: the folder cannot be created or read, or is a symbolic link.
     """
 
     def __init__(
@@ -250,18 +254,15 @@ class ReferenceCache:
         if self._closed:
             raise ValueError(f"the cache in {self.folder} was closed. Open it again.")
         self._ensure_folder()
-        about = self.folder / _ABOUT
         if not os.access(self.folder, os.W_OK):
             raise PermissionError(
                 errno.EACCES,
                 "log-probs are missing, but this folder is not writable. Choose another one",
                 str(self.folder),
             )
-        if not about.exists():
-            # Threads and machines may do this at the same time, so a process id is not unique.
-            partial = about.with_name(f".{_ABOUT}.{uuid.uuid4().hex}")
-            partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
-            partial.replace(about)
+        about = self.folder / _ABOUT
+        if read_description(about) != self.fingerprint:
+            write_description(about, self.fingerprint)
 
     def refresh(self) -> int:
         """Read new records of other processes. Returns the number of new leaves."""
@@ -318,6 +319,7 @@ class ReferenceCache:
         """Create a folder that another process removed. Known records stay in memory."""
         if not self.read_only and not self._closed:
             self.folder.mkdir(parents=True, exist_ok=True)
+            check_folder(self.folder)
 
 
 def _reopen(directory: Path, fingerprint: dict[str, str], read_only: bool) -> ReferenceCache:
@@ -333,16 +335,15 @@ def fingerprint_digest(parts: Mapping[str, str]) -> str:
 def tables(directory: str | os.PathLike[str]) -> dict[Path, dict[str, str]]:
     """The tables under a directory, with the parts of their fingerprints, by folder.
 
-    A table has no parts if its description is missing or damaged.
+    A table has no parts if its description is missing or damaged. A link is no table, because
+    another user may have put it there.
     """
     found = {}
     for folder in sorted(Path(directory).glob("*")):
         name = folder.name
-        if len(name) == 32 and not set(name) - set("0123456789abcdef") and folder.is_dir():
-            try:
-                parts = json.loads((folder / _ABOUT).read_text())
-            except (OSError, ValueError):
-                parts = {}
+        is_digest = len(name) == 32 and not set(name) - set("0123456789abcdef")
+        if is_digest and folder.is_dir() and not folder.is_symlink():
+            parts = read_description(folder / _ABOUT)
             found[folder] = parts if fingerprint_digest(parts) == name else {}
     return found
 
@@ -353,7 +354,7 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         Counts: records (distinct leaves), logs, bytes, bad (unreadable records), torn_bytes (of
         truncated records), duplicates, conflicts (duplicates that differ) and their
-        largest_difference.
+        largest_difference. With the extension also skipped: the logs that are not read.
     """
     path = Path(folder)
     table = open_table(path, bytes.fromhex(path.name), read_only=True)
@@ -364,13 +365,13 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def compact(folder: str | os.PathLike[str]) -> dict[str, int]:
-    """Merge the logs of one table (a folder of `tables`), without duplicates and bad records.
+    """Merge this user's logs of a table (a folder of `tables`), without duplicates and bad records.
 
     It may run at the same time as readers and writers. Logs being written are skipped.
 
     Returns:
-        Counts: records, bytes_before, bytes_after, logs_merged, logs_in_use, bad_dropped,
-        torn_bytes, duplicates_dropped.
+        Counts: records, bytes_before, bytes_after, logs_merged, logs_in_use, logs_skipped (of other
+        users), bad_dropped, torn_bytes, duplicates_dropped.
     """
     path = Path(folder)
     return compact_table(path, bytes.fromhex(path.name))

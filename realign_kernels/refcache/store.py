@@ -14,6 +14,10 @@ one.
 
 Logs and database may share a folder. A process reads and writes its own kind only. A writer warns
 in one line that it does not read the other kind.
+
+Several users may share a folder, and each is trusted for the values. A table follows no links,
+waits for no pipes, and writes to own files only. It skips other files with one warning. A user
+reads the logs of all users, but only own databases, because SQLite trusts its files.
 """
 
 import contextlib
@@ -21,7 +25,9 @@ import errno
 import itertools
 import math
 import os
+import re
 import sqlite3
+import stat
 import struct
 import threading
 import warnings
@@ -34,10 +40,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from realign_kernels._extension import extension
+from realign_kernels.refcache.files import check_folder, open_plain
 
 DATABASE = "records.sqlite"
 _RECORD = struct.Struct("<16sdi")  # key, logp, tokens. A CRC-32 of fingerprint and record follows.
 _VALUE = np.dtype([("logp", "f8"), ("tokens", "i4")])
+_MOST_DATABASES = 1000  # names that are tried in one folder
+_ABOUT = "CREATE TABLE about (fingerprint BLOB, origin BLOB)"
+# AUTOINCREMENT: the ids of rows that a compaction deleted are not used again.
+_RECORDS = "CREATE TABLE records (id INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB)"
+_SCHEMA = {
+    ("table", "about", _ABOUT),
+    ("table", "records", _RECORDS),
+    ("table", "sqlite_sequence", "CREATE TABLE sqlite_sequence(name,seq)"),
+}
+_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # at the end of a journal with a super-journal
+_STEPS = 100_000  # steps of SQLite between two calls of the progress handler
 
 
 class Table(Protocol):
@@ -86,7 +104,7 @@ class Table(Protocol):
         """Reads new records of other writers. Returns the number of new keys.
 
         Raises:
-            ValueError: the folder holds a log of another table.
+            ValueError: the folder holds a log of this user for another table.
             OSError: a log cannot be read.
         """
         ...
@@ -113,6 +131,7 @@ class Table(Protocol):
         - `logs`, `bytes`
         - `bad`: records and headers that failed their check
         - `torn_bytes`: bytes after the last complete record of a log
+        - `skipped`: a list of logs that are not read, each with the reason. A database lacks it.
 
         All records read by this object:
 
@@ -139,7 +158,8 @@ def open_table(
     holds a table of the other kind (see the module).
 
     Args:
-        folder: the table. Any number of processes may have it open.
+        folder: the table, which must not be a symbolic link. Its parents may be. Any number of
+            processes may have it open.
         fingerprint: 16 bytes that identify model, data and settings of the values. They must match
             those of an existing table.
         writer: name of this process's log (letters, digits, '.', '_', '-'). The default is the
@@ -147,9 +167,9 @@ def open_table(
         read_only: reject inserts. The folder must exist.
 
     Raises:
-        ValueError: an argument is invalid, or the folder holds another table.
-        OSError: a system call failed, or another process writes the log of this name. Also if
-            `read_only` is set and the database is damaged.
+        ValueError: an argument is invalid, or the folder holds another table of this user.
+        OSError: a system call failed, or another process or user writes the log of this name.
+            Also if `read_only` is set and the database is damaged.
     """
     name, fingerprint = _check(folder, fingerprint)
     if writer is not None and not isinstance(writer, str):
@@ -160,7 +180,16 @@ def open_table(
         _warn_of_other_kind(name)
     compiled = extension()
     if compiled is not None:
-        return compiled.Table(name, fingerprint, writer, read_only)
+        # A path need not be UTF-8, and a name with other characters is refused below.
+        log = None if writer is None else writer.encode("utf-8", "backslashreplace")
+        table = compiled.Table(os.fsencode(name), fingerprint, log, read_only)
+        if skipped := table.stats()["skipped"]:
+            more = f" So are {len(skipped) - 1} other files." if len(skipped) > 1 else ""
+            _warn(
+                f"{skipped[0]}, and is skipped.{more} Its log-probs are computed again. Remove it, "
+                "or choose a cache folder that only trusted users can write to."
+            )
+        return table
     if writer is not None:
         raise ValueError(
             f"writer is {writer!r}, the name of a log, but without the C++ extension there are no "
@@ -170,7 +199,7 @@ def open_table(
 
 
 def compact_table(folder: str | os.PathLike[str], fingerprint: bytes) -> dict[str, int]:
-    """Merges the logs that no live process writes, and drops bad records and duplicates.
+    """Merges this user's logs that no live process writes, without bad records and duplicates.
 
     It may run at the same time as readers and writers. A crash at any point loses no records. In a
     database it only drops bad records.
@@ -181,6 +210,7 @@ def compact_table(folder: str | os.PathLike[str], fingerprint: bytes) -> dict[st
         - `records`, `bytes_before` and `bytes_after` of the logs that were read
         - `logs_merged`, 0 if there was nothing to do
         - `logs_in_use`, which were skipped
+        - `logs_skipped`: logs of other users, and files that are no logs
         - `bad_dropped`, `torn_bytes` and `duplicates_dropped`
 
     Raises:
@@ -190,7 +220,7 @@ def compact_table(folder: str | os.PathLike[str], fingerprint: bytes) -> dict[st
     name, fingerprint = _check(folder, fingerprint)
     compiled = extension()
     if compiled is not None:
-        return compiled.compact_table(name, fingerprint)
+        return compiled.compact_table(os.fsencode(name), fingerprint)
     return DatabaseTable(name, fingerprint, read_only=True).compact()
 
 
@@ -209,7 +239,9 @@ def _check(folder: str | os.PathLike[str], fingerprint: bytes) -> tuple[str, byt
 def _warn_of_other_kind(folder: str) -> None:
     """Warns in one line if the folder holds a table that this process does not read."""
     without = extension() is None
-    if found := sorted(Path(folder).glob("*.log" if without else DATABASE)):
+    pattern = r"[A-Za-z0-9._+-]+\.log" if without else re.escape(DATABASE)
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    if found := sorted(f"{folder}/{name}" for name in names if re.fullmatch(pattern, name)):
         _warn(
             f"{found[0]} was written {'with' if without else 'without'} the C++ extension, but "
             f"this process runs {'without' if without else 'with'} it. Log-probs in the file are "
@@ -250,12 +282,13 @@ class DatabaseTable:
     writer = None  # there are no logs
 
     def __init__(self, folder: str, fingerprint: bytes, read_only: bool = False) -> None:
+        check_folder(folder)
         if not read_only:
             os.makedirs(folder, exist_ok=True)
         elif not os.path.isdir(folder):
             what = "there is no table to read. Check the path, or create the table with a writer"
             raise FileNotFoundError(errno.ENOENT, what, folder)
-        self._path, self._fingerprint = f"{folder}/{DATABASE}", fingerprint
+        self._path, self._fingerprint = _choose_database(folder), fingerprint
         self._refusal = "was opened with read_only=True" if read_only else ""
         self._closed = False
         self._known: dict[bytes, tuple[float, int]] = {}
@@ -295,14 +328,11 @@ class DatabaseTable:
         self.refresh()  # the file may have been removed
         if self._lost.isdisjoint(keys.tolist()) and self.lookup(keys)[1].all():
             return 0
-        with self._lock, self._transaction("rwc") as database:
+        with self._lock, self._transaction(create=True) as database:
             self._read(database)  # other writers' records stay
             if not self._origin:
-                database.execute("CREATE TABLE about (fingerprint BLOB, origin BLOB)")
-                # AUTOINCREMENT: the ids of rows that a compaction deleted are not used again.
-                database.execute(
-                    "CREATE TABLE records (id INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB)"
-                )
+                database.execute(_ABOUT)
+                database.execute(_RECORDS)
                 about = (self._fingerprint, os.urandom(16))
                 database.execute("INSERT INTO about VALUES (?, ?)", about)
             fresh: dict[bytes, tuple[bytes]] = {}
@@ -316,8 +346,8 @@ class DatabaseTable:
     def refresh(self) -> int:
         """Reads new records of other writers. Returns the number of new keys."""
         before = len(self._known)
-        if os.path.exists(self._path):
-            with self._lock, self._transaction("rw") as database:
+        if os.path.lexists(self._path):
+            with self._lock, self._transaction() as database:
                 self._read(database)
         else:
             self._start_over(b"")
@@ -346,33 +376,58 @@ class DatabaseTable:
     def compact(self) -> dict[str, int]:
         """Deletes bad records, whose space SQLite reuses. Returns counts as `compact_table`."""
         if self._bad:
-            with self._lock, self._transaction("rw") as database:
+            with self._lock, self._transaction() as database:
                 rows = [(row,) for row in self._bad]
                 database.executemany("DELETE FROM records WHERE id = ?", rows)
         size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
         done = {"records": len(self), "bytes_before": size, "bytes_after": size}
-        never = {"logs_merged": 0, "logs_in_use": 0, "torn_bytes": 0, "duplicates_dropped": 0}
-        return {**done, **never, "bad_dropped": len(self._bad)}
+        never = ("logs_merged", "logs_in_use", "logs_skipped", "torn_bytes", "duplicates_dropped")
+        return {**done, **dict.fromkeys(never, 0), "bad_dropped": len(self._bad)}
 
     @contextlib.contextmanager
-    def _transaction(self, mode: str) -> Iterator[sqlite3.Connection]:
-        """A transaction. Mode "rw" also reads a read-only database, "rwc" creates a missing one."""
-        uri = f"{Path(self._path).absolute().as_uri()}?mode={mode}"
+    def _transaction(self, create: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction, for writing with `create`. It also reads a read-only database."""
+        check_folder(os.path.dirname(self._path))
+        if create:  # SQLite itself would follow a link
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        if refusal := _refusal(self._path):
+            raise OSError(errno.EINVAL, f"{refusal}. Remove it, or use another folder", self._path)
+        # Each row takes 42 bytes and 12 steps. A file whose pages form circles has endless rows.
+        budget = 100 + os.path.getsize(self._path) // 2**17
+        calls = 0
+
+        def is_endless() -> bool:
+            nonlocal calls
+            calls += 1
+            return calls > budget
+
+        uri = f"{Path(self._path).absolute().as_uri()}?mode=rw"
         try:
             opened = sqlite3.connect(uri, timeout=60, isolation_level=None, uri=True)
             with contextlib.closing(opened) as database:
-                database.execute("BEGIN IMMEDIATE" if mode == "rwc" else "BEGIN")
+                database.set_progress_handler(is_endless, _STEPS)
+                database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 4096)
+                for setting in ("trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0"):
+                    database.execute(f"PRAGMA {setting}")
+                database.execute("BEGIN IMMEDIATE" if create else "BEGIN")
                 yield database
                 database.execute("COMMIT")
         except (sqlite3.Error, UnicodeDecodeError) as error:  # UnicodeDecodeError: damaged schema
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
             if code == sqlite3.SQLITE_ERROR:  # no such table or column
                 raise self._foreign() from error
-            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                what = f"the database is damaged ({error}). The next run that writes replaces it"
-                raise _DamagedError(errno.EIO, what, self._path) from error
+            damage = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_TOOBIG)
+            if code == sqlite3.SQLITE_INTERRUPT and calls <= budget:  # Ctrl-C in is_endless
+                raise KeyboardInterrupt from error
+            if code in (*damage, sqlite3.SQLITE_INTERRUPT):
+                raise self._damaged(str(error)) from error
             what = f"{error}. Free some disk space, check permissions, or remove the file"
             raise OSError(errno.EIO, what, self._path) from error
+
+    def _damaged(self, how: str) -> OSError:
+        what = f"the database is damaged ({how}). The next run that writes replaces it"
+        return _DamagedError(errno.EIO, what, self._path)
 
     def _foreign(self) -> ValueError:
         return ValueError(
@@ -382,7 +437,7 @@ class DatabaseTable:
     def _set_aside(self, damage: OSError) -> None:
         """Renames the damaged database and starts empty, with one warning."""
         names = (f"{self._path}.damaged{f'-{n}' if n else ''}" for n in itertools.count())
-        name = next(name for name in names if not os.path.exists(name))
+        name = next(name for name in names if not os.path.lexists(name))
         self._known.clear()
         self._start_over(b"")
         try:
@@ -390,8 +445,8 @@ class DatabaseTable:
         except FileNotFoundError:  # another process has renamed it
             return
         _warn(
-            f"{self._path} is damaged ({damage.__cause__}) and was renamed to {name}. Its "
-            "log-probs are computed again."
+            f"{self._path} is damaged ({damage.__cause__ or damage.strerror}) and was renamed to "
+            f"{name}. Its log-probs are computed again."
         )
 
     def _start_over(self, origin: bytes) -> None:
@@ -411,13 +466,16 @@ class DatabaseTable:
 
     def _read(self, database: sqlite3.Connection) -> None:
         """Reads rows after the last known one. The first intact record of a key counts."""
-        if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
+        schema = set(database.execute("SELECT type, name, sql FROM sqlite_master LIMIT 4"))
+        if not schema:
             self._start_over(b"")
             return
+        if schema != _SCHEMA:  # a view or trigger would run statements of a stranger
+            raise self._foreign()
         # The casts are needed because damage may change the type of a value.
-        about = "SELECT CAST(fingerprint AS BLOB), CAST(origin AS BLOB) FROM about"
+        about = "SELECT CAST(fingerprint AS BLOB), CAST(origin AS BLOB) FROM about LIMIT 1"
         fingerprint, origin = database.execute(about).fetchone() or (None, None)
-        if not fingerprint or not origin:
+        if not origin or not fingerprint or len(fingerprint) != len(self._fingerprint):
             raise self._foreign()
         if fingerprint != self._fingerprint:
             raise ValueError(
@@ -431,11 +489,67 @@ class DatabaseTable:
             "SELECT id, IFNULL(CAST(record AS BLOB), x'') FROM records WHERE id > ?",
             (self._last_id,),
         )
-        for self._last_id, record in rows:
+        for number, record in rows:
+            if number <= self._last_id:
+                raise self._damaged("its rows are out of order")
+            self._last_id = number
             if record == self._seal(record[: _RECORD.size]):
                 key, *value = _RECORD.unpack_from(record)
                 if self._is_new(key):
                     self._known[key] = tuple(value)
                     self._lost.discard(key)
             else:
-                self._bad.append(self._last_id)
+                self._bad.append(number)
+        database.set_progress_handler(None, _STEPS)  # inserts may take any number of steps
+
+
+def _choose_database(folder: str) -> str:
+    """The path of this user's database, present or not: records.sqlite, or the next free number.
+
+    Warns in one line if another file has the first name.
+
+    Raises:
+        FileExistsError: other files have all names.
+    """
+    names = [DATABASE, *(f"records-{number}.sqlite" for number in range(1, _MOST_DATABASES))]
+    first = ""
+    for path in (f"{folder}/{name}" for name in names):
+        if not (refusal := _refusal(path)):
+            if first:
+                _warn(f"{first}. Its log-probs are not read, and {path} is used instead.")
+            return path
+        first = first or refusal
+    what = f"{first}, and no other name for a database is free. Use another folder"
+    raise FileExistsError(errno.EEXIST, what, f"{folder}/{DATABASE}")
+
+
+def _refusal(path: str) -> str:
+    """The reason why this process must not open a database, or "" if it may, or if there is none.
+
+    SQLite follows links and waits for pipes, also beside the database. It trusts a journal: if one
+    names a super-journal, SQLite deletes the file of that name.
+    """
+    for name in (path, f"{path}-journal", f"{path}-wal", f"{path}-shm"):
+        try:
+            status = os.lstat(name)
+            if name.endswith(("-wal", "-shm")):  # of a mode that the table does not use
+                return f"{name} exists"
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name} is not a regular file"
+            if status.st_nlink != 1:
+                return f"{name} has {status.st_nlink} hard links"
+            if status.st_uid != os.geteuid():
+                return f"{name} belongs to another user"
+            with open_plain(name) as file:
+                head = file.read(20)
+                file.seek(max(0, status.st_size - len(_JOURNAL)))
+                end = file.read(len(_JOURNAL))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return f"{name} cannot be opened ({error.strerror})"
+        if name == path and head.startswith(b"SQLite format 3\0") and 2 in head[18:20]:
+            return f"{name} needs a write-ahead log, which maps a shared file"
+        if name != path and end == _JOURNAL:
+            return f"{name} names another file, which SQLite would delete"
+    return ""

@@ -28,7 +28,7 @@ def built(request, tmp_path_factory):
     options = ("-DREALIGN_PYTHON=OFF", "-DREALIGN_TESTS=ON", f"-DREALIGN_SANITIZE={request.param}")
     targets = ["table_tests"]  # the only target with its own threads
     if request.param != "thread":  # the thread sanitizer does not support GCC's OpenMP
-        targets += ["core_tests", "staging_tests"]
+        targets += ["core_tests", "staging_tests", "fuzz_tests"]
     configure = ("cmake", "-S", ROOT, "-B", folder, *options)
     build = ("cmake", "--build", folder, "--parallel", "2", "--target", *targets)
     for command in (configure, build):
@@ -61,6 +61,13 @@ def test_the_table_is_right_and_clean(built, tmp_path):
     stress = float(os.environ.get("REALIGN_STRESS_SECONDS", "1"))
     faults, seconds = ("50", stress) if sanitizer == "thread" else ("500", 0.5)
     assert_clean(folder / "table_tests", tmp_path, faults, str(seconds))
+
+
+def test_random_faults_of_logs_and_forests(built, tmp_path):
+    """3 s of random inputs. `make fuzz SECONDS=600` runs longer, with another seed each time."""
+    sanitizer, folder = built
+    if sanitizer != "thread":
+        assert_clean(folder / "fuzz_tests", "3", "1", tmp_path)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="of files for x86")

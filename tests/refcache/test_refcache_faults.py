@@ -133,14 +133,13 @@ def test_threads_may_begin_a_table_together(tmp_path, monkeypatch):
     """All threads find no description, write one, and move it into place."""
     forests = make_forests(8)
     both_written = threading.Barrier(2)
-    write = Path.write_text
+    replace = Path.replace
 
-    def together(path, *arguments):
-        written = write(path, *arguments)
+    def together(path, target):
         both_written.wait(10)
-        return written
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "write_text", together)
+    monkeypatch.setattr(Path, "replace", together)
     with ReferenceCache(tmp_path, PRINT) as cache, ThreadPoolExecutor(2) as pool:
         halves = [forests[:4], forests[4:]]
         added = list(pool.map(lambda half: cache.insert(half, -np.ones(12)), halves))
