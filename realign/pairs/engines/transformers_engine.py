@@ -17,7 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from realign.data.errors import Malformed, short_error
 from realign.distributed import disable_cudnn_attention
 from realign.modeling.chat import ChatTemplate, text_inputs
-from realign.modeling.loading import DTYPES, adapter_base, load_processor, load_trained
+from realign.modeling.loading import (
+    DTYPES,
+    adapter_base,
+    from_pretrained,
+    load_processor,
+    load_trained,
+)
 from realign.pairs.engines.chat import NO_TEXT, Chat, Engine, Reply
 
 
@@ -199,16 +205,16 @@ class TransformersEngine(Engine):
 def _has_vision(path: str) -> bool:
     """Whether a model has a vision tower. True if its config cannot be read."""
     try:
-        config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
+        config = from_pretrained(AutoConfig, adapter_base(path) or path)
+    except ValueError:
         return True
     return hasattr(config, "vision_config")
 
 
 def _load_tokenizer(path: str | Path):
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+        tokenizer = from_pretrained(AutoTokenizer, path)
+    except ValueError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"no tokenizer could be loaded from {path} ({reason}).") from error
     if not tokenizer.chat_template:
