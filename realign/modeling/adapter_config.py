@@ -24,12 +24,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
-from realign.data.errors import short_error, short_repr
+from realign.data.errors import short_error, short_repr, shorten
 from realign.files import read_json
 from realign.terminal import printable
 
 _REFUSED = {
-    "auto_mapping": "it names a module to import",
     "megatron_config": "it makes PEFT import Megatron",
     "arrow_config": "it names other adapters",
     "corda_config": "it names files of statistics",
@@ -46,19 +45,32 @@ _INITIAL = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica")
 _FEW_STEPS = re.compile(r"pissa_niter_\d\d?")
 _EXPRESSIONS = ("target_modules", "exclude_modules", "feedforward_modules")
 """Fields that hold a list of names, or one expression."""
+_NAMES = (
+    "alpha_pattern", "block_size_pattern", "lambda_pattern", "layers_pattern", "modules_to_save",
+    "n_frequency_pattern", "rank_pattern", "target_parameters", "target_svd_config",
+)  # fmt: skip
+"""Fields that hold names, as a list or as keys."""
 _NAME = re.compile(r"\^?[\w.\-]+")
 """A name of modules. PEFT puts many names into expressions, where these only match themselves."""
 _LONGEST = 4096  # characters of a text; one of Unsloth's expressions has 500
-_MOST_ENTRIES = 100_000  # a list of all experts of a large model has 20,000
-_MOST_SIZE = 8192  # of a rank; VeRA uses up to 1024
-_MOST_NUMBER = 1 << 24  # of other whole numbers, such as n_frequency or total_step
+_MOST_ENTRIES = 10_000  # of a list; PEFT compares each with every module's name
+_MOST_PATTERNS = 1024  # PEFT compiles each for every module; EVA writes 560 for 80 layers
+_TOKENS = ("trainable_token_indices", "token_indices")
+_MOST_TOKENS = 1 << 20  # the largest vocabulary has 262,144 tokens
+_MOST_NUMBER = 1 << 24  # of whole numbers, such as n_frequency or total_step
 _SIZES = (
-    "r", "init_r", "target_r", "hybrid_r", "mini_r", "subspace_rank", "effective_rank", "depth",
-    "rank_pattern", "num_subspaces", "num_B", "u", "gralora_k", "psoft_svd_lowrank_niter",
-    "num_cayley_neumann_terms", "boft_n_butterfly_factor", "vector_length",
+    "r", "init_r", "target_r", "hybrid_r", "mini_r", "subspace_rank", "effective_rank",
+    "rank_pattern", "num_subspaces", "num_B", "u", "gralora_k", "num_vectors", "vector_length",
+    "block_size", "block_size_pattern", "boft_block_size", "boft_block_num", "group_size",
+    "oft_block_size",
 )  # fmt: skip
+_STEPS = (
+    "boft_n_butterfly_factor", "depth", "num_cayley_neumann_terms", "psoft_svd_lowrank_niter",
+)  # fmt: skip
+_MOST: dict[str, int] = dict.fromkeys(_SIZES, 8192) | dict.fromkeys(_STEPS, 100)
+"""Limits on ranks and sizes, and on steps. PEFT's defaults go up to 256 and to 10."""
 _SYNTAX = re.compile(r"(?!.*\(\?[a-zA-OQ-Z])[ -~]*")
-"""Characters of an expression: ASCII, without flags, since `re` compiles ranges slowly with (?i)."""
+"""An expression is ASCII and has no flags: `re` compiles large ranges slowly with (?i)."""
 _SECONDS = 2.0  # for all expressions of an adapter; Unsloth's take 0.02 s for 1,000 modules
 
 
@@ -80,7 +92,7 @@ def read_adapter_config(file: Path) -> PeftConfig:
         hints = typing.get_type_hints(config_class)
         known = {field.name for field in fields(config_class) if field.init}
         if lost := sorted(name for name in given if given[name] and name not in known):
-            raise ValueError(f"unknown: {', '.join(map(short_repr, lost[:3]))}")
+            raise ValueError(f"unknown: {shorten(', '.join(lost))}")
         given = {name: value for name, value in given.items() if name in known}
         for name, value in given.items():
             _check(name, value, hints[name])
@@ -100,41 +112,48 @@ def _check(name: str, value: Any, hint: Any) -> None:
     Raises:
         ValueError: for a value that is refused, with the reason.
     """
+    if name == "auto_mapping" and value:  # PEFT writes the class of the base
+        library = value.get("parent_library") if isinstance(value, dict) else value
+        if not isinstance(library, str) or library.split(".")[0] != "transformers":
+            raise ValueError(f"{name} names a module to import, {short_repr(library)}")
     if name in _REFUSED and value:
-        raise ValueError(f"{name}: {_REFUSED[name]}")
+        raise ValueError(f"{name} is set, and {_REFUSED[name]}")
     if name == "megatron_core" and value not in (None, "megatron.core"):
-        raise ValueError(f"{name}: it names a module to import, {short_repr(value)}")
+        raise ValueError(f"{name} names a module to import, {short_repr(value)}")
     if name == "init_lora_weights" and isinstance(value, str):
         if value not in _INITIAL and not _FEW_STEPS.fullmatch(value):
             raise ValueError(f"{name} is {short_repr(value)}, which is not read")
-    elif not _fits(value, hint):
+    elif value is not None and not _fits(value, hint):
         raise ValueError(f"{name} is {short_repr(value)}, of another type")
-    most = _MOST_SIZE if name in _SIZES else _MOST_NUMBER
-    if name.endswith(("seed", "_key")):
-        most = (1 << 64) - 1
-    for item in _leaves(value):
-        if isinstance(item, str):
-            if len(item) > _LONGEST or printable(item) != item:
-                raise ValueError(f"{name} holds {short_repr(item)}")
-        elif isinstance(item, int | float):
-            whole = isinstance(item, int)
-            if not math.isfinite(item) or (whole and item > most) or (name == "r" and item < 0):
-                raise ValueError(f"{name} is {item!r:.40}; the limit is {most:,}")
-    names: list[Any] = []
     if name == "base_model_name_or_path" and value and "://" in value:
         raise ValueError(f"{name} is a URL, {short_repr(value)}")
-    if name.endswith("_pattern") or name == "target_svd_config":
-        names = list(value or ()) if not isinstance(value, str) else [value]
-    elif name in ("modules_to_save", "target_parameters", "trainable_token_indices", *_EXPRESSIONS):
-        names = list(value or ()) if not isinstance(value, str) else []
-    for entry in names:
-        if isinstance(entry, str) and not _NAME.fullmatch(entry):
-            raise ValueError(
-                f"{name} holds {short_repr(entry)}, which is no name of modules. Write names"
-            )
+    leaves = _leaves(value, _MOST_TOKENS if name in _TOKENS else _MOST_ENTRIES)
+    for item in leaves:
+        _check_leaf(name, item)
+    if name in _NAMES or (name in _EXPRESSIONS and not isinstance(value, str)):
+        entries = [value] if isinstance(value, str) else list(value or ())
+        for entry in entries:
+            if not _NAME.fullmatch(str(entry)):
+                raise ValueError(f"{name} holds {short_repr(entry)}, which is no name of modules")
+        if isinstance(value, dict) and len(entries) > _MOST_PATTERNS:
+            raise ValueError(f"{name} has over {_MOST_PATTERNS:,} entries")
 
 
-def _leaves(value: Any) -> list[Any]:
+def _check_leaf(name: str, item: Any) -> None:
+    """Check a text or a number in a field. See `_check`."""
+    if isinstance(item, str):
+        if len(item) > _LONGEST or printable(item) != item:
+            raise ValueError(f"{name} holds {short_repr(item)}")
+    elif isinstance(item, int | float):
+        most = _MOST.get(name, _MOST_NUMBER)
+        if name.endswith(("seed", "_key")):
+            most = (1 << 64) - 1
+        whole = isinstance(item, int)
+        if not math.isfinite(item) or (whole and item > most) or (name == "r" and item < 0):
+            raise ValueError(f"{name} is {short_repr(item)}, and the limit is {most:,}")
+
+
+def _leaves(value: Any, most: int) -> list[Any]:
     """The texts and numbers in a value, and the keys of its dicts."""
     waiting, found = [value], []
     while waiting:
@@ -145,8 +164,8 @@ def _leaves(value: Any) -> list[Any]:
             waiting += item
         else:
             found.append(item)
-        if len(found) + len(waiting) > _MOST_ENTRIES:
-            raise ValueError(f"a list has over {_MOST_ENTRIES:,} entries")
+        if len(found) + len(waiting) > most:
+            raise ValueError(f"a list has over {most:,} entries")
     return found
 
 
@@ -180,7 +199,8 @@ def plain_names(config: PeftConfig, model: nn.Module) -> None:
     """Replace the expressions in a configuration by the names of the modules that they match.
 
     Raises:
-        ValueError: for an expression that is invalid or takes too long.
+        ValueError: for an expression that is invalid or takes too long, and for modules_to_save
+            inside each other, where PEFT copies copies.
     """
     names = [name for name, _ in model.named_modules()]
     end = time.monotonic() + _SECONDS
@@ -188,6 +208,17 @@ def plain_names(config: PeftConfig, model: nn.Module) -> None:
         pattern = getattr(config, field, None)
         if isinstance(pattern, str) and pattern.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
             setattr(config, field, _matches(field, pattern, names, end))
+    ends = tuple(getattr(config, "modules_to_save", None) or ())
+    copied = {name for name in names if name.endswith(ends)} if ends else set()
+    for name in copied:
+        if outer := next((other for other in _above(name) if other in copied), None):
+            raise ValueError(f"modules_to_save names {outer} and {name} in it")
+
+
+def _above(name: str) -> list[str]:
+    """The names of the modules around a module."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _matches(field: str, pattern: str, names: list[str], end: float) -> list[str]:

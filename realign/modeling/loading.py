@@ -86,7 +86,7 @@ def load_model(
         size = partial(weights_size, adapter_base(path) or path)
         with torch.device("meta"), limited(size, meta=True):
             return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
-    options = {"attn_implementation": kinds}
+    options: dict[str, Any] = {"attn_implementation": kinds}
     if (base := adapter_base(path)) is None:
         return from_pretrained(auto, path, dtype=dtype, **options)
     wide = from_pretrained(auto, base, adapter=path, dtype=torch.float32, **options)

@@ -29,7 +29,7 @@ _JSON = (
 )  # fmt: skip
 _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
 _PLAIN_NAME = re.compile(r"[^/\\\0]+")
-_CLASS_NAME = re.compile(r"\w*(Processor|FeatureExtractor|Tokenizer|Backend)(Fast|Pil)?")
+_CLASS_NAME = re.compile(r"\w*(Processor|FeatureExtractor|Tokenizer|Backend)(Fast|Pil|Mixin)?")
 _CLASSES = (
     "processor_class", "tokenizer_class", "image_processor_type", "image_processor_class",
     "feature_extractor_type", "feature_extractor_class", "video_processor_type",

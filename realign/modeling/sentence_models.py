@@ -109,6 +109,8 @@ def _check_module(name: str, place: str, commit: str | None) -> None:
     for kind in _SETTINGS:
         if file := find_file(name, f"{prefix}sentence_{kind}_config.json", commit):
             for key, value in read_json(file).items():
-                if isinstance(value, dict) and key.endswith(("_args", "_kwargs")):
-                    if others := value.keys() - _ARGUMENTS:
-                        raise ValueError(f"{file} sets {short_repr(min(others))} in {key}")
+                given = (
+                    value if isinstance(value, dict) and key.endswith(("_args", "_kwargs")) else {}
+                )
+                if others := given.keys() - _ARGUMENTS:
+                    raise ValueError(f"{file} sets {short_repr(min(others))} in {key}")
