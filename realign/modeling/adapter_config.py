@@ -19,7 +19,7 @@ from typing import Any
 
 import peft
 import regex
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
@@ -67,7 +67,7 @@ _SIZES = (
 _STEPS = (
     "boft_n_butterfly_factor", "depth", "num_cayley_neumann_terms", "psoft_svd_lowrank_niter",
 )  # fmt: skip
-_MOST: dict[str, int] = dict.fromkeys(_SIZES, 8192) | dict.fromkeys(_STEPS, 100)
+_MOST = {**dict.fromkeys(_SIZES, 8192), **dict.fromkeys(_STEPS, 100)}
 """Limits on ranks and sizes, and on steps. PEFT's defaults go up to 256 and to 10."""
 _SYNTAX = re.compile(r"(?!.*\(\?[a-zA-OQ-Z])[ -~]*")
 """An expression is ASCII and has no flags: `re` compiles large ranges slowly with (?i)."""
@@ -88,7 +88,7 @@ def read_adapter_config(file: Path) -> PeftConfig:
         kind = given.get("peft_type")
         if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise ValueError(f"no known peft_type: {short_repr(kind)}")
-        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
         hints = typing.get_type_hints(config_class)
         known = {field.name for field in fields(config_class) if field.init}
         if lost := sorted(name for name in given if given[name] and name not in known):

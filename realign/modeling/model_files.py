@@ -44,6 +44,7 @@ _REFUSED = {
     "transformers_weights": "a file of weights in another place",
     "audio_tokenizer": "another model",
     "audio_tokenizer_name_or_path": "another model",
+    "extra_files": "more files of weights",
     "class_info_file": "a file in another repository",
     "gguf_file": "a file in a format that is not read here",
     "custom_generate": "code",
