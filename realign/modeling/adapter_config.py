@@ -130,7 +130,8 @@ def _check(name: str, value: Any, hint: Any) -> None:
     leaves = _leaves(value, _MOST_TOKENS if name in _TOKENS else _MOST_ENTRIES)
     for item in leaves:
         _check_leaf(name, item)
-    if name in _NAMES or (name in _EXPRESSIONS and not isinstance(value, str)):
+    listed = name in _EXPRESSIONS and not isinstance(value, str)
+    if name in _NAMES or listed or (name in _TOKENS and isinstance(value, dict)):
         entries = [value] if isinstance(value, str) else list(value or ())
         for entry in entries:
             if not _NAME.fullmatch(str(entry)):

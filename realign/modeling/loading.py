@@ -171,9 +171,10 @@ def from_pretrained(
             "Face model with its processor, or the name of one on the Hub."
         ) from error
     except Exception as error:  # a wrong value in a file raises errors of many types
-        if isinstance(error, ValueError) and "trust_remote_code" not in str(error):
+        readable = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
+        if readable and "trust_remote_code" not in str(error):
             raise
-        if isinstance(error, ValueError):
+        if readable:
             raise ValueError(
                 f"{path} needs its own code, which is never run here. Use a model whose class is "
                 "part of transformers."

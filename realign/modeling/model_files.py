@@ -27,6 +27,7 @@ _JSON = (
     "added_tokens.json", "processor_config.json", "preprocessor_config.json",
     "video_preprocessor_config.json", "chat_template.json", "audio_tokenizer_config.json",
 )  # fmt: skip
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
 _PLAIN_NAME = re.compile(r"[^/\\\0]+")
 _CLASS_NAME = re.compile(r"\w*(Processor|FeatureExtractor|Tokenizer|Backend)(Fast|Pil|Mixin)?")
@@ -61,14 +62,19 @@ _UNREAD = {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenize
 _OPENED = re.compile(r".*(file|files|path|dir)|vocab|merges|.*_spm")
 _MOST_LAYERS = 1024  # The deepest known model has 126. A list with an entry per layer is built.
 _MOST_LABELS = 1_000_000  # a name per label is built
+_MOST_PIXELS = 1 << 26  # of an image after resizing; videos of Qwen3-VL have up to 25e6
+_LONGEST_SIDE = 8192
+_MOST_TILES = 4096  # Pix2Struct has 2048. InternVL tries every pair of numbers up to its own.
+_MOST_OF_PROCESSOR = 1 << 20  # of other numbers, such as ids and tokens of an image
 _SHARD = re.compile(r"shard-.*\.safetensors")
 
 
-def check_model(path: str | Path, *, weights: bool = False) -> str | None:
+def check_model(path: str | Path, place: str = "", *, weights: bool = False) -> str | None:
     """Check the files of a model, processor or adapter, in a folder or on the Hub.
 
     Args:
         path: folder or Hub name.
+        place: subfolder of the files, "" for the folder itself.
         weights: also check the index of the weights.
 
     Returns:
@@ -81,15 +87,15 @@ def check_model(path: str | Path, *, weights: bool = False) -> str | None:
     """
     commit = None
     if Path(path).is_dir():
-        _check_folder(Path(path))
-    elif (found := find_file(path, "config.json")) is None:
+        _check_folder(Path(path), place)
+    elif (found := find_file(path, str(Path(place, "config.json")))) is None:
         return None
     else:
         commit = extract_commit_hash(found, None)
     for name in _JSON:
-        if file := find_file(path, name, commit):
+        if file := find_file(path, str(Path(place, name)), commit):
             _check_fields(Path(file), read_json(file))
-    if weights and (file := find_file(path, INDEX, commit)):
+    if weights and (file := find_file(path, str(Path(place, INDEX)), commit)):
         _check_index(Path(file))
     return commit
 
@@ -126,22 +132,22 @@ def _remote_file(repository: str, name: str, commit: str | None) -> str | None:
         return None
 
 
-def _check_folder(folder: Path) -> None:
-    """Check that the files of a folder are regular, and that its links stay inside.
+def _check_folder(folder: Path, place: str) -> None:
+    """Check that files in `place` of a folder are regular, and that links stay in the folder.
 
     The files of a snapshot in the Hub's cache are links to its blobs.
     """
     root = folder.resolve()
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        root = root.parent.parent
-    for place in (folder, folder / "additional_chat_templates"):
-        for entry in os.scandir(place) if place.is_dir() else ():
+    for parent in (root, *root.parents):
+        if parent.name.startswith("models--") and root.is_relative_to(parent / "snapshots"):
+            root = parent
+    for inside in (folder / place, folder / place / "additional_chat_templates"):
+        for entry in os.scandir(inside) if inside.is_dir() else ():
             file = Path(entry.path)
-            if entry.is_symlink() and not file.resolve().is_relative_to(root):
+            if not file.resolve().is_relative_to(root):
                 raise ValueError(
-                    f"{file} is a link to {short_repr(os.readlink(file))}, outside of the model's "
-                    "folder, and such files are not read. Replace it by the file, or by a hard "
-                    "link (ln)."
+                    f"{file} leads to {file.resolve()}, outside of the model's folder, and such "
+                    "files are not read. Replace the link by the file, or by a hard link (ln)."
                 )
             if not entry.is_dir():
                 open_regular(file).close()
@@ -157,6 +163,8 @@ def _check_fields(file: Path, fields: dict[str, Any]) -> None:
     checks: list[Callable[[str, Any], str | None]] = [_why_refused]
     if file.name in _TOKENIZER:
         checks.append(_why_opened)
+    if file.name in _PROCESSOR:
+        checks.append(_why_large)
     for key, value in _entries(fields):
         if why := next(filter(None, (check(key, value) for check in checks)), None):
             raise ValueError(
@@ -213,6 +221,21 @@ def _why_opened(key: str, value: Any) -> str | None:
     if key in ("vocab", "merges") or not _PLAIN_NAME.fullmatch(value) or value == "..":
         return "it names a file in another place"
     return None
+
+
+def _why_large(key: str, value: Any) -> str | None:
+    """Why a size in a processor's configuration is refused: an image would take gigabytes."""
+    if isinstance(value, dict):  # With both edges, some families mean numbers of pixels.
+        edges = [value[name] for name in ("shortest_edge", "longest_edge") if value.get(name)]
+        key, value = "size", edges[0] if len(edges) == 1 else 0
+    most = _MOST_OF_PROCESSOR
+    if "pixel" in key or "edge" in key:
+        most = _MOST_PIXELS
+    elif key in ("height", "width") or key.endswith("size"):
+        most = _LONGEST_SIDE
+    elif "patches" in key or "tiles" in key:
+        most = _MOST_TILES
+    return f"the limit is {most:,}" if isinstance(value, int) and value > most else None
 
 
 def _check_index(file: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from transformers.utils.hub import extract_commit_hash
 
-from realign.data.errors import short_error, short_repr
+from realign.data.errors import short_repr
 from realign.files import read_json
 from realign.modeling.model_files import check_model, find_file
+from realign.terminal import printable
 
 _MODULES = (
     "CLIPModel", "Dense", "Dropout", "LayerNorm", "Normalize", "Pooling", "StaticEmbedding",
@@ -63,8 +64,9 @@ def load_sentence_model(name: str, device: str | None = None) -> Any:
             model_kwargs={"use_safetensors": True},
         )
     except Exception as error:  # a wrong value in a file raises errors of many types
+        reason = printable(str(error).split("\n")[0])[:400] or type(error).__name__
         raise ValueError(
-            f"no sentence-transformers model could be loaded from {name} ({short_error(error)}). "
+            f"no sentence-transformers model could be loaded from {name} ({reason}). "
             "Pass a folder or a Hub name, such as sentence-transformers/all-mpnet-base-v2."
         ) from error
 
@@ -97,17 +99,12 @@ def check_sentence_model(name: str) -> str | None:
 
 def _check_module(name: str, place: str, commit: str | None) -> None:
     """Check the files of one module of a model."""
-    folder = f"{name}/{place}" if place else name
-    if place and Path(name).is_dir() and Path(folder).is_dir():
-        if not Path(folder).resolve().is_relative_to(Path(name).resolve()):
-            raise ValueError(f"{folder} is a link to a folder outside of the model's")
-        check_model(folder, weights=True)
-    prefix = f"{place}/" if place else ""
-    safe, pickled = (find_file(name, prefix + file, commit) for file in _WEIGHTS)
+    check_model(name, place, weights=True)
+    safe, pickled = (find_file(name, str(Path(place, file)), commit) for file in _WEIGHTS)
     if pickled and not safe:
         raise ValueError(f"{pickled} is a pickle, and weights are read only from safetensors files")
     for kind in _SETTINGS:
-        if file := find_file(name, f"{prefix}sentence_{kind}_config.json", commit):
+        if file := find_file(name, str(Path(place, f"sentence_{kind}_config.json")), commit):
             for key, value in read_json(file).items():
                 given = (
                     value if isinstance(value, dict) and key.endswith(("_args", "_kwargs")) else {}
