@@ -1,8 +1,8 @@
 """Checks of `adapter_config.json`, and module names in place of its regular expressions.
 
-PEFT trusts this file. In a few bytes, it can make PEFT allocate gigabytes, run an initialization
-for days, or match a regular expression of exponential time with every module's name. Fields are
-checked by the types of PEFT's own configuration. Expressions are matched here, with a time limit.
+PEFT trusts this file. A few bytes can make PEFT allocate gigabytes, run an initialization for days,
+or match an expression of exponential time. Fields are checked by the types of PEFT's own
+configuration. Expressions are matched here, with a time limit.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _NAMES = (
 """Fields that hold names, as a list or as keys."""
 _NAME = re.compile(r"\^?[\w.\-]+")
 """A name of modules. PEFT puts many names into expressions, where these only match themselves."""
-_LONGEST = 4096  # characters of a text; one of Unsloth's expressions has 500
-_MOST_ENTRIES = 10_000  # of a list; PEFT compares each with every module's name
-_MOST_PATTERNS = 1024  # PEFT compiles each for every module; EVA writes 560 for 80 layers
+_LONGEST = 4096  # characters of a text. One of Unsloth's expressions has 500.
+_MOST_ENTRIES = 10_000  # of a list. PEFT compares each with every module's name.
+_MOST_PATTERNS = 1024  # PEFT compiles each for every module. EVA writes 560 for 80 layers.
 _TOKENS = ("trainable_token_indices", "token_indices")
 _MOST_TOKENS = 1 << 20  # the largest vocabulary has 262,144 tokens
 _MOST_NUMBER = 1 << 24  # of whole numbers, such as n_frequency or total_step

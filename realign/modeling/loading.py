@@ -140,7 +140,7 @@ def from_pretrained(
         options: further arguments.
 
     Raises:
-        ValueError: for a file or field that is refused, and for whatever transformers raises.
+        ValueError: for a file or field that is refused, and for any error of transformers.
     """
     model = _is_model(auto_class)
     if model:

@@ -144,18 +144,18 @@ def test_an_index_of_good_names_is_read(model):
 )
 def test_a_field_that_opens_or_builds_something_else_is_refused(model, file, fields):
     change(model, file, **fields)
-    for load in (load_processor, load_model, load_trained):
-        with pytest.raises(ValueError, match=f"{model / file} sets ") as caught:
-            load(model)
-        assert "\n" not in str(caught.value)
+    load = load_processor if "processor" in file else load_model
+    with pytest.raises(ValueError, match=f"{model / file} sets ") as caught:
+        load(model)
+    assert "\n" not in str(caught.value)
 
 
 def test_common_fields_of_real_models_are_accepted(model):
     change(
-        model, "tokenizer_config.json", name_or_path="/home/author/llava", tokenizer_file=None,
-        special_tokens_map_file="/home/author/special_tokens_map.json", vocab_file=None,
+        model, "tokenizer_config.json", name_or_path="/author/llava", tokenizer_file=None,
+        special_tokens_map_file="/author/special_tokens_map.json", vocab_file=None,
     )  # fmt: skip
-    change(model, "config.json", _name_or_path="/home/author/x", attn_implementation="sdpa")
+    change(model, "config.json", _name_or_path="/author/x", attn_implementation="sdpa")
     change(model, "special_tokens_map.json", additional_special_tokens=[])
     size = {"shortest_edge": 65536, "longest_edge": 16777216}
     change(model, "video_preprocessor_config.json", size=size, max_pixels=12845056)
@@ -218,7 +218,7 @@ def test_a_folder_of_templates_may_not_be_a_link(model, tmp_path):
 
 
 def test_a_distributed_checkpoint_is_no_model(model):
-    """transformers reads it by other code, whatever its config and use_safetensors are."""
+    """transformers reads it by other code, with any configuration and use_safetensors."""
     shutil.copy(model / "model.safetensors", model / "shard-00001-model-00001-of-00001.safetensors")
     with pytest.raises(ValueError, match="belongs to a distributed checkpoint"):
         load_model(model)
