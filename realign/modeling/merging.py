@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
+from realign.data.errors import short_error
 from realign.modeling.adapter_config import plain_names, read_adapter_config
 from realign.modeling.limits import limited
 from realign.modeling.model_files import check_model, find_file
@@ -154,7 +155,12 @@ def _check_rows(model: PreTrainedModel, path: str | Path) -> None:
     """Reject an adapter of a base that was resized after loading: PEFT does not save the rows."""
     if (file := find_file(path, "tokenizer.json")) is None:
         return
-    tokens = Tokenizer.from_file(file).get_vocab_size()
+    try:
+        tokens = Tokenizer.from_file(file).get_vocab_size()
+    except Exception as error:  # tokenizers raises this type
+        raise ValueError(
+            f"{file} is no tokenizer ({short_error(error)}). Copy it again."
+        ) from error
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if tokens > rows:
         raise ValueError(

@@ -31,6 +31,7 @@ _PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_prepro
 _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
 _PLAIN_NAME = re.compile(r"[^/\\\0]+")
 _CLASS_NAME = re.compile(r"\w*(Processor|FeatureExtractor|Tokenizer|Backend)(Fast|Pil|Mixin)?")
+_TIMM_NAME = re.compile(r"[\w.\-]+")
 _CLASSES = (
     "processor_class", "tokenizer_class", "image_processor_type", "image_processor_class",
     "feature_extractor_type", "feature_extractor_class", "video_processor_type",
@@ -53,6 +54,7 @@ _REFUSED = {
     "kernel_config": "code on the Hub",
     "fusion_config": "changes of the model's classes",
     "distributed_config": "changes of the model's classes",
+    "checkpoint_path": "a file of weights in another place",
     "tokenizer_object": "a file",
     "init_inputs": "files",
 }
@@ -203,6 +205,9 @@ def _why_refused(key: str, value: Any) -> str | None:
     elif key in _CLASSES:
         if not isinstance(value, str) or not _CLASS_NAME.fullmatch(value):
             return "it names another kind of class"
+    elif key in ("architecture", "backbone") and isinstance(value, str):
+        if not _TIMM_NAME.fullmatch(value):
+            return "timm may read it as a name on the Hub"
     elif key == "quantization_config":
         if not isinstance(value, dict) or value.get("quant_method") != "bitsandbytes":
             return "weights of this kind need code of other packages to be read"

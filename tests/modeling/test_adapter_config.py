@@ -74,14 +74,14 @@ def test_a_configuration_of_every_kind_is_read_as_by_peft(kind, tmp_path):
         {"megatron_config": {"hidden_size": 3}},
         {"auto_mapping": {"base_model_class": "Own", "parent_library": "evil"}},
         {"auto_mapping": "evil"},
-        {"corda_config": {"cache_file": "/tmp/x"}},
-        {"lora_ga_config": {"cache_file": "/tmp/x"}},
+        {"corda_config": {"cache_file": "/x"}},
+        {"lora_ga_config": {"cache_file": "/x"}},
         {"loftq_config": {"loftq_iter": 10**6}},
         {"arrow_config": {"top_k": 3}},
         {"layer_replication": [[0, 2], [0, 2]]},
         {"init_lora_weights": "pissa_niter_1000000"},
         {"init_lora_weights": "loftq"},
-        {"init_lora_weights": "/tmp/x"},
+        {"init_lora_weights": "/x"},
         {"r": "x"},
         {"r": True},
         {"r": -5},
@@ -153,6 +153,13 @@ def test_a_link_out_of_an_adapter_is_refused(adapter, tmp_path, name):
     (adapter / name).symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match="outside of the model's folder"):
         load_model(adapter)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 200_000, "{}"])
+def test_a_malformed_tokenizer_of_an_adapter_is_one_error(adapter, text):
+    (adapter / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer"):
+        load_trained(adapter)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ def test_an_index_of_good_names_is_read(model):
         ("config.json", {"num_hidden_layers": 10**9}),
         ("config.json", {"vision_config": {"depth": 10**9}}),
         ("config.json", {"num_labels": 10**9}),
+        ("config.json", {"vision_config": {"architecture": "hf-hub:evil/model"}}),
+        ("config.json", {"vision_config": {"model_args": {"checkpoint_path": "x.bin"}}}),
         ("generation_config.json", {"custom_generate": "evil/code"}),
         ("tokenizer_config.json", {"tokenizer_class": "LlavaForConditionalGeneration"}),
         ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}),

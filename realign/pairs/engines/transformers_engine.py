@@ -179,6 +179,9 @@ class TransformersEngine(Engine):
         options = {
             "max_new_tokens": request.max_tokens,
             "pad_token_id": self._tokenizer.pad_token_id,
+            # A model's own settings may ask for a million beams.
+            "num_beams": 1,
+            "num_return_sequences": 1,
         }
         if request.temperature == 0:
             return self._model.generate(**encoded, **options, do_sample=False)
