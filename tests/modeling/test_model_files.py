@@ -25,6 +25,7 @@ from realign.digits import ASSETS
 from realign.modeling import limits, model_files
 from realign.modeling.loading import from_pretrained, load_model, load_processor, load_trained
 from realign.modeling.sentence_models import load_sentence_model
+from realign.pairs.engines.chat import Chat
 from realign.pairs.engines.transformers_engine import TransformersEngine
 from realign.pairs.retrieval.embed import Embedder
 
@@ -349,6 +350,13 @@ def test_other_loaders_check_files_too(model):
     ):
         with pytest.raises(ValueError, match="sets 'transformers_weights'"):
             load()
+
+
+def test_beams_of_a_models_own_settings_are_ignored(model):
+    asked = Chat([{"role": "user", "content": "what is top"}], max_tokens=2)
+    truth = TransformersEngine(str(model), dtype="fp32").chat([asked])
+    change(model, "generation_config.json", num_beams=10**5, num_return_sequences=10**5)
+    assert TransformersEngine(str(model), dtype="fp32").chat([asked]) == truth
 
 
 def test_every_model_is_opened_in_one_place():
