@@ -21,6 +21,10 @@ _FREE = 1 << 26  # numbers that need no file; rotary tables of 1e6 positions hav
 _MOST_TENSORS = 200_000  # a model with 256 experts in each of 61 layers has 50,000
 
 
+class TooLarge(ValueError):
+    """A configuration describes more than its files hold."""
+
+
 @contextmanager
 def limited(size: Callable[[], int], *, meta: bool = False) -> Iterator[None]:
     """Limit what this thread's modules register: one number per byte of the files, and 2^26 more.
@@ -30,7 +34,7 @@ def limited(size: Callable[[], int], *, meta: bool = False) -> Iterator[None]:
         meta: count tensors on the meta device only. transformers builds a model there first.
 
     Raises:
-        ValueError: as soon as a module registers more, before it is initialized.
+        TooLarge: as soon as a module registers more, before it is initialized.
     """
     thread, numbers, tensors, most = threading.get_ident(), 0, 0, _FREE
 
@@ -42,7 +46,7 @@ def limited(size: Callable[[], int], *, meta: bool = False) -> Iterator[None]:
         if numbers > most:
             most = _FREE + size()
         if numbers > most or tensors > _MOST_TENSORS:
-            raise ValueError(
+            raise TooLarge(
                 f"its configuration describes over {numbers:,} numbers in {tensors:,} tensors, and "
                 f"its weights allow {most:,} numbers in {_MOST_TENSORS:,} tensors. Check the sizes "
                 "in its configuration, or copy its weights again"

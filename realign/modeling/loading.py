@@ -28,7 +28,7 @@ from realign.distributed import disable_cudnn_attention
 from realign.modeling import lora
 from realign.modeling.attention import IMPLEMENTATIONS
 from realign.modeling.layouts import has_softcap
-from realign.modeling.limits import limited
+from realign.modeling.limits import TooLarge, limited
 from realign.modeling.merging import adapter_base, cast, merge, put_on
 from realign.modeling.model_files import check_model, find_file, weights_size
 
@@ -145,8 +145,10 @@ def from_pretrained(
     model = _is_model(auto_class)
     if model:
         options["use_safetensors"] = True
+    checked = False
     try:
         commit = check_model(path, weights=model)
+        checked = True
         if commit is not None:  # the Hub may change between the check and the load
             options["revision"] = commit
         with limited(lambda: weights_size(path, commit), meta=True) if model else nullcontext():
@@ -170,11 +172,12 @@ def from_pretrained(
             f"no model could be loaded from {path} ({reason}). Pass a folder that holds a Hugging "
             "Face model with its processor, or the name of one on the Hub."
         ) from error
+    except TooLarge as error:
+        raise ValueError(f"{path} is not loaded: {error}.") from error
     except Exception as error:  # a wrong value in a file raises errors of many types
-        readable = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
-        if readable and "trust_remote_code" not in str(error):
+        if not checked:
             raise
-        if readable:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
             raise ValueError(
                 f"{path} needs its own code, which is never run here. Use a model whose class is "
                 "part of transformers."

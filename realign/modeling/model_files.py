@@ -62,12 +62,16 @@ _REFUSED = {
 _UNREAD = {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file"}
 """Keys of a tokenizer's configuration that often hold old paths, which transformers replaces."""
 _OPENED = re.compile(r".*(file|files|path|dir)|vocab|merges|.*_spm")
+_QUANTIZED = ("bitsandbytes", "fp8", "mxfp4")
+_MODULES = re.compile(r"[\w.\-^$]*(\*[\w.\-^$]*){0,2}")
+"""Names of modules. transformers matches them as expressions, such as model.layers.*.mlp."""
+_LAYERS = re.compile(r".*(layers?|depths?)")
 _MOST_LAYERS = 1024  # The deepest known model has 126. A list with an entry per layer is built.
 _MOST_LABELS = 1_000_000  # a name per label is built
-_MOST_PIXELS = 1 << 26  # of an image after resizing; videos of Qwen3-VL have up to 25e6
+_FEWEST_PIXELS = 1 << 24  # smaller images are enlarged to this number
 _LONGEST_SIDE = 8192
 _MOST_TILES = 4096  # Pix2Struct has 2048. InternVL tries every pair of numbers up to its own.
-_MOST_OF_PROCESSOR = 1 << 20  # of other numbers, such as ids and tokens of an image
+_MOST_OF_PROCESSOR = 1 << 24  # of other numbers, such as ids, tokens of an image and samples
 _SHARD = re.compile(r"shard-.*\.safetensors")
 
 
@@ -94,6 +98,7 @@ def check_model(path: str | Path, place: str = "", *, weights: bool = False) -> 
         return None
     else:
         commit = extract_commit_hash(found, None)
+        _check_folder(Path(found).parents[len(Path(place).parts)], place, hub=True)
     for name in _JSON:
         if file := find_file(path, str(Path(place, name)), commit):
             _check_fields(Path(file), read_json(file))
@@ -134,10 +139,11 @@ def _remote_file(repository: str, name: str, commit: str | None) -> str | None:
         return None
 
 
-def _check_folder(folder: Path, place: str) -> None:
+def _check_folder(folder: Path, place: str, *, hub: bool = False) -> None:
     """Check that files in `place` of a folder are regular, and that links stay in the folder.
 
-    The files of a snapshot in the Hub's cache are links to its blobs.
+    The files of a snapshot in the Hub's cache are links to its blobs. huggingface_hub made them if
+    `hub` is set, and it replaces missing blobs.
     """
     root = folder.resolve()
     for parent in (root, *root.parents):
@@ -146,12 +152,12 @@ def _check_folder(folder: Path, place: str) -> None:
     for inside in (folder / place, folder / place / "additional_chat_templates"):
         for entry in os.scandir(inside) if inside.is_dir() else ():
             file = Path(entry.path)
-            if not file.resolve().is_relative_to(root):
+            if not hub and not file.resolve().is_relative_to(root):
                 raise ValueError(
                     f"{file} leads to {file.resolve()}, outside of the model's folder, and such "
                     "files are not read. Replace the link by the file, or by a hard link (ln)."
                 )
-            if not entry.is_dir():
+            if not entry.is_dir() and (file.exists() or not hub):
                 open_regular(file).close()
             if _SHARD.fullmatch(entry.name):
                 raise ValueError(
@@ -209,10 +215,13 @@ def _why_refused(key: str, value: Any) -> str | None:
         if not _TIMM_NAME.fullmatch(value):
             return "timm may read it as a name on the Hub"
     elif key == "quantization_config":
-        if not isinstance(value, dict) or value.get("quant_method") != "bitsandbytes":
-            return "weights of this kind need code of other packages to be read"
+        if not isinstance(value, dict) or value.get("quant_method") not in _QUANTIZED:
+            return f"of quantized weights only {', '.join(_QUANTIZED)} are read"
+        texts = (text for _, text in _entries(value) if isinstance(text, str))
+        if not all(_MODULES.fullmatch(text) for text in texts):
+            return "one of its names is an expression"
     elif isinstance(value, int) and not isinstance(value, bool):
-        if value > _MOST_LAYERS and ("layer" in key or "depth" in key):
+        if value > _MOST_LAYERS and _LAYERS.fullmatch(key):
             return f"no model has more than {_MOST_LAYERS:,}"
         if value > _MOST_LABELS and key == "num_labels":
             return f"no model has more than {_MOST_LABELS:,}"
@@ -230,12 +239,15 @@ def _why_opened(key: str, value: Any) -> str | None:
 
 def _why_large(key: str, value: Any) -> str | None:
     """Why a size in a processor's configuration is refused: an image would take gigabytes."""
-    if isinstance(value, dict):  # With both edges, some families mean numbers of pixels.
-        edges = [value[name] for name in ("shortest_edge", "longest_edge") if value.get(name)]
-        key, value = "size", edges[0] if len(edges) == 1 else 0
     most = _MOST_OF_PROCESSOR
-    if "pixel" in key or "edge" in key:
-        most = _MOST_PIXELS
+    if isinstance(value, dict):
+        edges = [value[name] for name in ("shortest_edge", "longest_edge") if value.get(name)]
+        if not edges:
+            return None
+        # Two edges may be numbers of pixels, and images smaller than the first are enlarged.
+        value, most = edges[0], _FEWEST_PIXELS if len(edges) == 2 else _LONGEST_SIDE
+    elif "edge" in key or key == "max_pixels":
+        return None
     elif key in ("height", "width") or key.endswith("size"):
         most = _LONGEST_SIDE
     elif "patches" in key or "tiles" in key:

@@ -55,14 +55,12 @@ def load_sentence_model(name: str, device: str | None = None) -> Any:
             "Run pip install 'realign[sentences]'."
         ) from error
     try:
-        commit = check_sentence_model(name)
-        return SentenceTransformer(
-            name,
-            device=device,
-            revision=commit,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True},
-        )
+        options: dict[str, Any] = {"model_kwargs": {"use_safetensors": True}}
+        if commit := check_sentence_model(name):
+            options["revision"] = commit
+        if device is not None:
+            options["device"] = device
+        return SentenceTransformer(name, trust_remote_code=False, **options)
     except Exception as error:  # a wrong value in a file raises errors of many types
         reason = printable(str(error).split("\n")[0])[:400] or type(error).__name__
         raise ValueError(

@@ -134,7 +134,7 @@ def test_sentence_transformers_by_name(monkeypatch):
 
     class Stand:
         def __init__(self, name, device, trust_remote_code, **options):
-            assert options == {"revision": None, "model_kwargs": {"use_safetensors": True}}
+            assert options == {"model_kwargs": {"use_safetensors": True}}
             asked.append((name, device, trust_remote_code))
 
         def to(self, dtype):
