@@ -22,13 +22,14 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from realign.modeling.adapter_config import read_adapter_config
 from realign.modeling.reference_logps import weights_digest
 
 _OF_HOLDER = {
@@ -216,7 +217,8 @@ def load(holder: nn.Module, folder: Path) -> None:
             raise ValueError(
                 f"{place} has no {SAFETENSORS_WEIGHTS_NAME} for resuming adapter {name!r}."
             )
-        new, old = settings(config), settings(PeftConfig.from_pretrained(str(place)))
+        saved = read_adapter_config(place / CONFIG_NAME)
+        new, old = settings(config), settings(saved)
         if changed := sorted(k for k in new | old if new.get(k) != old.get(k)):
             raise ValueError(
                 f"adapter {name!r} and its checkpoint in {place} have different settings: "

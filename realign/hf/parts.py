@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from realign.files import read_json
 from realign.modeling.forest import Example
-from realign.modeling.loading import adapter_base
+from realign.modeling.loading import adapter_base, from_pretrained
 from realign.modeling.model import ForestModel
 from realign_kernels import leaf_keys
 
@@ -64,7 +65,7 @@ def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
     """
     if adapter_base(folder):
         raise ValueError(f"{folder} holds an adapter. Resume with its peft_config.")
-    saved = type(vlm).from_pretrained(folder, dtype=vlm.dtype)
+    saved = from_pretrained(type(vlm), folder, dtype=vlm.dtype)
     vlm.load_state_dict(saved.state_dict())
 
 
@@ -113,7 +114,7 @@ class RunReference:
                 f"{folder} holds no {_FILE}, so its reference is unknown. Another trainer, or an "
                 "earlier version of this one, wrote it. Resume with that one, or begin a new run."
             )
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = read_json(file)
         if saved["weights"] == self._about["weights"]:
             return
         shared = self._logps.keys() & saved["logps"].keys()

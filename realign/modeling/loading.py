@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
+from realign.data.errors import short_error
 from realign.distributed import disable_cudnn_attention
 from realign.modeling import lora
 from realign.modeling.attention import IMPLEMENTATIONS
 from realign.modeling.layouts import has_softcap
-from realign.modeling.merging import adapter_base, cast, find_file, merge, put_on
+from realign.modeling.limits import TooLarge, limited
+from realign.modeling.merging import adapter_base, cast, merge, put_on
+from realign.modeling.model_files import check_model, find_file, weights_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Compute dtypes by name in the settings."""
@@ -42,7 +48,7 @@ def load_processor(path: str | Path):
     _vision_config(path)
     if (base := adapter_base(path)) and not any(find_file(path, name) for name in _OF_PROCESSOR):
         path = base  # PEFT saves no processor, some trainers only the tokenizer
-    processor = _from_pretrained(AutoProcessor, path)
+    processor = from_pretrained(AutoProcessor, path)
     if not processor.chat_template:
         raise ValueError(
             f"the processor of {path} has no chat template, so prompts cannot be rendered. Save "
@@ -77,12 +83,13 @@ def load_model(
         attention = "eager"
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
     if meta:
-        with torch.device("meta"):
+        size = partial(weights_size, adapter_base(path) or path)
+        with torch.device("meta"), limited(size, meta=True):
             return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
-    options = {"attn_implementation": kinds, "use_safetensors": True}
+    options: dict[str, Any] = {"attn_implementation": kinds}
     if (base := adapter_base(path)) is None:
-        return _from_pretrained(auto, path, dtype=dtype, **options)
-    wide = _from_pretrained(auto, base, adapter=path, dtype=torch.float32, **options)
+        return from_pretrained(auto, path, dtype=dtype, **options)
+    wide = from_pretrained(auto, base, adapter=path, dtype=torch.float32, **options)
     return cast(merge(put_on(wide, path)), dtype)
 
 
@@ -99,10 +106,9 @@ def load_trained(
     Raises:
         ValueError: when there is no such model, or an adapter does not fit its base.
     """
-    base, options = adapter_base(path), {"dtype": dtype, "use_safetensors": True}
-    if base is None:
-        return _from_pretrained(auto, path, **options).eval()
-    model = _from_pretrained(auto, base, adapter=path, **options)
+    if (base := adapter_base(path)) is None:
+        return from_pretrained(auto, path, dtype=dtype).eval()
+    model = from_pretrained(auto, base, adapter=path, dtype=dtype)
     put_on(model, path)
     return model.eval()
 
@@ -110,7 +116,7 @@ def load_trained(
 def _vision_config(path: str | Path):
     """The configuration of a vision-language model, or of an adapter's base."""
     base = adapter_base(path)
-    config = _from_pretrained(AutoConfig, base or path, adapter=path if base else None)
+    config = from_pretrained(AutoConfig, base or path, adapter=path if base else None)
     if not hasattr(config, "vision_config"):
         raise ValueError(
             f"{path} is a text-only model ({config.model_type}). Pass a vision-language model to "
@@ -119,29 +125,37 @@ def _vision_config(path: str | Path):
     return config
 
 
-def _from_pretrained(
+def from_pretrained(
     auto_class: type, path: str | Path, *, adapter: str | Path | None = None, **options: Any
 ) -> Any:
-    """`auto_class.from_pretrained` with one-line errors.
+    """`auto_class.from_pretrained` for files of strangers: checked, limited, with one-line errors.
+
+    No code of the model runs, and weights are read only from safetensors files in its folder. Every
+    model, processor and configuration is opened here.
 
     Args:
-        auto_class: an auto class of transformers.
+        auto_class: an auto class of transformers, or a model's own class.
         path: folder or Hub name.
         adapter: the adapter whose base `path` is, if any.
         options: further arguments.
+
+    Raises:
+        ValueError: for a file or field that is refused, and for any error of transformers.
     """
+    model = _is_model(auto_class)
+    if model:
+        options["use_safetensors"] = True
+    checked = False
     try:
-        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
+        commit = check_model(path, weights=model)
+        checked = True
+        if commit is not None:  # the Hub may change between the check and the load
+            options["revision"] = commit
+        with limited(lambda: weights_size(path, commit), meta=True) if model else nullcontext():
+            return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except ImportError as error:  # such as torchvision, which Qwen's processors need
         needs = " ".join(str(error).split())
         raise ValueError(f"{path} needs a package that is not installed: {needs}") from error
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"{path} needs its own code, which is never run here. Use a model whose class is "
-            "part of transformers."
-        ) from error
     except SafetensorError as error:
         raise ValueError(
             f"the weights of {path} are damaged ({error}). Copy them again."
@@ -158,6 +172,24 @@ def _from_pretrained(
             f"no model could be loaded from {path} ({reason}). Pass a folder that holds a Hugging "
             "Face model with its processor, or the name of one on the Hub."
         ) from error
+    except TooLarge as error:
+        raise ValueError(f"{path} is not loaded: {error}.") from error
+    except Exception as error:  # a wrong value in a file raises errors of many types
+        if not checked:
+            raise
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{path} needs its own code, which is never run here. Use a model whose class is "
+                "part of transformers."
+            ) from error
+        raise ValueError(
+            f"the files of {path} are no model that transformers {transformers.__version__} reads "
+            f"({short_error(error)}). Copy them again, or use another model."
+        ) from error
+
+
+def _is_model(auto_class: type) -> bool:
+    return issubclass(auto_class, PreTrainedModel | _BaseAutoModelClass)
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:

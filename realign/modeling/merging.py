@@ -7,17 +7,16 @@ its own weight. PEFT would add both changes to the weight that they share.
 
 from __future__ import annotations
 
-import functools
-import json
+import os
 import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import peft
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -26,7 +25,11 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
+
+from realign.data.errors import short_error
+from realign.modeling.adapter_config import plain_names, read_adapter_config
+from realign.modeling.limits import limited
+from realign.modeling.model_files import check_model, find_file
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _PROBED = 16  # tokens of the text that checks a merged model
@@ -40,11 +43,12 @@ def adapter_base(path: str | Path) -> str | None:
     Raises:
         ValueError: for a folder without a model, an adapter of an unsupported kind, and a base that
             is missing or is an adapter.
+        OSError: for an adapter_config.json that cannot be read.
     """
     check_folder(path)
     if (file := find_file(path, _CONFIGS[1])) is None:
         return None
-    where, config = f"{path}/{_CONFIGS[1]}", _read_config(Path(file))
+    where, config = f"{path}/{_CONFIGS[1]}", read_adapter_config(Path(file))
     check_kind(config, str(path))
     base = config.base_model_name_or_path
     if not base:
@@ -69,28 +73,6 @@ def adapter_base(path: str | Path) -> str | None:
             "-m realign.export), and set base_model_name_or_path to the merged folder."
         )
     return base
-
-
-def _read_config(file: Path) -> PeftConfig:
-    """Read an adapter's configuration. Unknown fields, which PEFT only warns of, are an error.
-
-    Raises:
-        ValueError: for a file that this version of PEFT does not read in full.
-    """
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        with warnings.catch_warnings(action="ignore"):
-            config = PeftConfig.from_pretrained(str(file.parent))
-        if config.peft_type is None:
-            raise ValueError("no peft_type")
-        if lost := sorted(name for name in fields if fields[name] and not hasattr(config, name)):
-            raise ValueError(f"unknown: {', '.join(lost)}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file} is not a configuration that PEFT {peft.__version__} reads ({error!r}). Save "
-            "the adapter again, or install the version of PEFT that saved it."
-        ) from error
-    return config
 
 
 def check_folder(path: str | Path) -> None:
@@ -125,48 +107,33 @@ def _is_missing_folder(name: str) -> bool:
     return (name[:1] in tuple("./~") or name.count("/") > 1) and not Path(name).exists()
 
 
-def find_file(path: str | Path, name: str) -> str | None:
-    """The path of the file `name` in a folder or a model on the Hub; None if it is missing."""
-    if Path(path).is_dir():
-        file = Path(path, name)
-        return str(file) if file.is_file() else None
-    return _remote_file(str(path), name)
-
-
-@functools.cache  # avoids a request to the Hub per call
-def _remote_file(repository: str, name: str) -> str | None:
-    try:
-        return cached_file(
-            repository,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # an invalid Hub name, which loading reports
-        return None
-
-
 def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
     """Load the adapter at `path` on its base, frozen, as `PeftModel.from_pretrained` does.
 
     Raises:
         ValueError: for an adapter in another format, or with weights that do not fit the base.
     """
-    if find_file(path, "adapter_model.safetensors") is None:
+    check_model(path)
+    file, weights = find_file(path, _CONFIGS[1]), find_file(path, "adapter_model.safetensors")
+    assert file is not None
+    if weights is None:
         raise ValueError(
             f"{path} has no adapter_model.safetensors, and other formats are not read. Save the "
             "adapter again with a current version of PEFT."
         )
     _check_rows(model, path)
     try:
-        with _ignored_warnings():
-            adapted = PeftModel.from_pretrained(model, str(path))
-            keys = adapted.load_adapter(str(path), str(adapted.active_adapter))
+        config = read_adapter_config(Path(file))
+        size = partial(_adapter_size, model, weights)
+        plain_names(config, model)
+        with _ignored_warnings(), limited(size):
+            folder = str(Path(weights).parent)  # that of a snapshot for a Hub name
+            adapted = PeftModel.from_pretrained(model, folder, config=config)
+            keys = adapted.load_adapter(folder, str(adapted.active_adapter))
         _check_keys(adapted, keys.missing_keys, keys.unexpected_keys)
     except SafetensorError as error:
         raise ValueError(f"the adapter {path} is damaged ({error}). Copy it again.") from error
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a wrong value in its configuration raises errors of many types
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise ValueError(
             f"the adapter {path} does not fit its base {model.name_or_path}: {reason}. Pass it "
@@ -175,11 +142,25 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
     return adapted
 
 
+def _adapter_size(model: nn.Module, weights: str) -> int:
+    """Numbers that an adapter may register, see `limited`.
+
+    Of all kinds that PEFT saves, BOFT registers most for its file, 1.5 numbers per byte. Uni-LoRA
+    has indices of the size of a LoRA, which are not in its file.
+    """
+    return 4 * os.path.getsize(weights) + sum(p.numel() for p in model.parameters()) // 16
+
+
 def _check_rows(model: PreTrainedModel, path: str | Path) -> None:
     """Reject an adapter of a base that was resized after loading: PEFT does not save the rows."""
     if (file := find_file(path, "tokenizer.json")) is None:
         return
-    tokens = Tokenizer.from_file(file).get_vocab_size()
+    try:
+        tokens = Tokenizer.from_file(file).get_vocab_size()
+    except Exception as error:  # tokenizers raises this type
+        raise ValueError(
+            f"{file} is no tokenizer ({short_error(error)}). Copy it again."
+        ) from error
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if tokens > rows:
         raise ValueError(

@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from realign.distributed import CommonError, broadcast_from_rank0, rank
+from realign.files import read_json
 
 _MANIFEST = "manifest.json"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
@@ -306,7 +307,7 @@ def _digest(path: Path) -> dict[str, int | str]:
 def _damage(path: Path) -> str:
     """A short description of a checkpoint's damage, "" if it is intact."""
     try:
-        files = json.loads((path / _MANIFEST).read_text())["files"]
+        files = read_json(path / _MANIFEST)["files"]
         present = {file.name for file in path.glob("*.safetensors")}
         if not files:
             return f"{_MANIFEST} lists no files"

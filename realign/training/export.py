@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from realign.distributed import broadcast_from_rank0
 from realign.files import check_folder
-from realign.modeling.loading import load_model, load_processor
+from realign.modeling.loading import from_pretrained, load_model, load_processor
 from realign.modeling.merging import adapter_base, cast, merge, put_on
 from realign.modeling.model import ForestModel
 from realign.training.model_card import with_evaluation, without_adapter
@@ -24,7 +24,8 @@ from realign.training.model_card import with_evaluation, without_adapter
 
 def stored_dtype(model: str) -> torch.dtype:
     """The stored dtype of a whole model, or of an adapter's base."""
-    dtype = AutoConfig.from_pretrained(adapter_base(model) or model).dtype or torch.float32
+    config = from_pretrained(AutoConfig, adapter_base(model) or model)
+    dtype = config.dtype or torch.float32
     assert isinstance(dtype, torch.dtype)
     return dtype
 

@@ -17,6 +17,20 @@ from realign_kernels import _extension
 from realign_kernels.refcache.packing import pack_forest
 
 ROOT = Path(__file__).resolve().parents[2]
+UNSAFE = {
+    "jinja2": ("3.1.5", "CVE-2025-27516: a chat template leaves the sandbox by |attr"),
+    "peft": ("0.19.1", "imports the module that adapter_config.json names as megatron_core"),
+    "pillow": ("12.3.0", "CVE-2026-112403: a JPEG overflows the decoder's buffer"),
+    "pyarrow": ("14.0.0", "CVE-2023-47248: Parquet files run code by a pickle"),
+    "ray": ("2.51.2", "CVE-2025-62593: a web page runs code through the dashboard"),
+    "scikit-learn": ("1.4.2", "CVE-2024-5206: tokens of the data stay in the model"),
+    "sentence-transformers": ("5.1.2", "imports modules that modules.json of a folder names"),
+    "setuptools": ("78.1.0", "CVE-2025-47273: a package's URL writes outside of the folder"),
+    "torch": ("2.9.1", "CVE-2026-24747: weights_only does not stop a pickle"),
+    "tqdm": ("4.66.2", "CVE-2024-34062: arguments of its command run code"),
+    "transformers": ("4.47.1", "CVE-2024-11394: a model's file runs code by a pickle"),
+}
+"""Package -> (an unsafe release, the newest known in most cases; the reason)."""
 # CI does not install these, so they are not pinned.
 UNTESTED_EXTRAS = {"gpu", "tensorboard", "wandb", "sentences"}
 
@@ -63,6 +77,22 @@ def test_every_direct_dependency_is_pinned_within_its_range(project, pins):
         (exact,) = pin.specifier
         assert exact.operator == "=="
         assert requirement.specifier.contains(exact.version), f"{pin} against {requirement}"
+
+
+def test_no_requirement_admits_an_unsafe_release(project, pins):
+    """pip keeps an installed release that the bounds admit, and constraints are optional."""
+    groups = [project["project"]["dependencies"], project["build-system"]["requires"]]
+    groups += project["project"]["optional-dependencies"].values()
+    needs = [Requirement(line) for group in groups for line in group]
+    assert UNSAFE.keys() <= {need.name for need in needs}
+    for need in needs:
+        release, reason = UNSAFE.get(need.name, ("0", ""))
+        named = need.name in UNSAFE
+        assert not (named and need.specifier.contains(release)), (
+            f"{need} admits {release}: {reason}"
+        )
+    for name, (release, _) in UNSAFE.items():
+        assert not pins[name].specifier.contains(release), pins[name]
 
 
 def test_every_constraint_is_an_exact_pin(pins):

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from realign import cache, export, train
 from realign.data.records import write_pairs
 from realign.evaluate import __main__ as evaluate
-from realign.modeling import merging
+from realign.modeling import merging, model_files
 from realign.modeling.loading import load_model, load_processor, load_trained
 from realign.pairs.__main__ import main as pairs_main
 from realign.training.export import export_whole
@@ -337,7 +337,7 @@ def test_the_page_has_every_kind_of_peft():
 def test_a_missing_folder_is_refused_without_a_request(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()  # an owner's other models may be in a folder of that name
-    monkeypatch.setattr(merging, "cached_file", None)  # a request would fail
+    monkeypatch.setattr(model_files, "cached_file", None)  # a request would fail
     for name in ("./none", "a/b/c", str(tmp_path / "none"), "~/none"):
         with pytest.raises(ValueError, match=f"there is no folder {name}. Pass a folder"):
             merging.adapter_base(name)

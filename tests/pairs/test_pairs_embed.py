@@ -133,7 +133,8 @@ def test_sentence_transformers_by_name(monkeypatch):
     asked = []
 
     class Stand:
-        def __init__(self, name, device, trust_remote_code):
+        def __init__(self, name, device, trust_remote_code, **options):
+            assert options == {"model_kwargs": {"use_safetensors": True}}
             asked.append((name, device, trust_remote_code))
 
         def to(self, dtype):

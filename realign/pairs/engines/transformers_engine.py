@@ -17,7 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from realign.data.errors import Malformed, short_error
 from realign.distributed import disable_cudnn_attention
 from realign.modeling.chat import ChatTemplate, text_inputs
-from realign.modeling.loading import DTYPES, adapter_base, load_processor, load_trained
+from realign.modeling.loading import (
+    DTYPES,
+    adapter_base,
+    from_pretrained,
+    load_processor,
+    load_trained,
+)
 from realign.pairs.engines.chat import NO_TEXT, Chat, Engine, Reply
 
 
@@ -173,6 +179,9 @@ class TransformersEngine(Engine):
         options = {
             "max_new_tokens": request.max_tokens,
             "pad_token_id": self._tokenizer.pad_token_id,
+            # A model's own settings may ask for a million beams.
+            "num_beams": 1,
+            "num_return_sequences": 1,
         }
         if request.temperature == 0:
             return self._model.generate(**encoded, **options, do_sample=False)
@@ -199,16 +208,16 @@ class TransformersEngine(Engine):
 def _has_vision(path: str) -> bool:
     """Whether a model has a vision tower. True if its config cannot be read."""
     try:
-        config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
+        config = from_pretrained(AutoConfig, adapter_base(path) or path)
+    except ValueError:
         return True
     return hasattr(config, "vision_config")
 
 
 def _load_tokenizer(path: str | Path):
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+        tokenizer = from_pretrained(AutoTokenizer, path)
+    except ValueError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"no tokenizer could be loaded from {path} ({reason}).") from error
     if not tokenizer.chat_template:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from realign.modeling.sentence_models import load_sentence_model
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
 from realign.pairs.filters.base import Candidate, PairFilter
@@ -116,25 +117,7 @@ class SentenceSimilarity:
     """
 
     def __init__(self, name: str) -> None:
-        try:
-            from sentence_transformers import (  # pyright: ignore[reportMissingImports]
-                SentenceTransformer,
-            )
-        except ImportError as error:
-            raise ValueError(
-                f"similarity by {name} needs the package sentence-transformers, which is not "
-                "installed. Run pip install 'realign[sentences]', or use lexical similarity."
-            ) from error
-        try:  # load only safetensors weights, and no code from a model
-            self._model = SentenceTransformer(
-                name, trust_remote_code=False, model_kwargs={"use_safetensors": True}
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no sentence-transformers model could be loaded from {name} "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). Pass a "
-                "folder or a Hub name, such as sentence-transformers/all-mpnet-base-v2."
-            ) from error
+        self._model = load_sentence_model(name)
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Cosines of the texts of each pair, (pairs,) fp32. Each distinct text is embedded once."""

@@ -16,7 +16,8 @@ from transformers import AutoImageProcessor, AutoModel
 from realign.digits import ASSETS
 from realign.modeling.images import bundle_of, collate, features
 from realign.modeling.layouts import layout_of
-from realign.modeling.loading import DTYPES, load_model, load_processor
+from realign.modeling.loading import DTYPES, from_pretrained, load_model, load_processor
+from realign.modeling.sentence_models import load_sentence_model
 
 Encode = Callable[[list[Image.Image]], torch.Tensor]
 """Function from a batch of images to embeddings, (images, D)."""
@@ -119,13 +120,10 @@ class Embedder:
         }
 
     def _open_encoder(self, name: str) -> Encode:
-        options = {"trust_remote_code": False}
         try:
-            encoder = AutoModel.from_pretrained(
-                name, dtype=self.dtype, use_safetensors=True, **options
-            )
-            processor = AutoImageProcessor.from_pretrained(name, **options)
-        except (OSError, ValueError, ImportError) as error:
+            encoder = from_pretrained(AutoModel, name, dtype=self.dtype)
+            processor = from_pretrained(AutoImageProcessor, name)
+        except ValueError as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"no image encoder could be loaded from --embed-model {self.name} ({reason}). Pass "
@@ -150,17 +148,8 @@ class Embedder:
         )
 
     def _open_sentence_transformer(self, name: str) -> Encode:
+        encoder = load_sentence_model(name, device=str(self.device))
         try:
-            from sentence_transformers import (  # pyright: ignore[reportMissingImports]
-                SentenceTransformer,
-            )
-        except ImportError as error:
-            raise ValueError(
-                f"--embed-model {self.name} needs sentence-transformers. "
-                "Run pip install 'realign[sentences]'."
-            ) from error
-        try:
-            encoder = SentenceTransformer(name, device=str(self.device), trust_remote_code=False)
             encoder = encoder.to(self.dtype)
 
             def encode(images: list[Image.Image]) -> torch.Tensor:
