@@ -3,10 +3,14 @@
 Training, pairs, evaluation and `RDPOTrainer` all decode here, so they see the same pixels. The
 header is read first, and an image that is too large is rejected before any pixel is decoded. Only
 common image formats are opened, because some of Pillow's formats start programs or embed files.
+
+Images may come from strangers. `DataFolder` keeps their paths in a folder, and `open_regular` refuses
+pipes and devices.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
@@ -14,14 +18,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from realign.data.errors import RecordError, shorten
+from realign.data.errors import RecordError, short_repr, shorten
+from realign.files import open_regular
 
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 4 * MAX_PIXELS
+"""Limit on an encoded image: the size of an uncompressed RGBA image of `MAX_PIXELS`."""
 BACKGROUND = (255, 255, 255)  # behind transparent pixels, as in browsers
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _UPRIGHT = {  # EXIF orientation -> its inverse
@@ -72,12 +79,6 @@ class StoredImage:
         (image if plain else flat).save(buffer, format="PNG")
         return cls(buffer.getvalue(), path)
 
-    def absolute(self, folder: str | Path) -> StoredImage:
-        """The image with an absolute path; a relative path starts at `folder`."""
-        if self.data is not None or self.path is None:
-            return self
-        return StoredImage(path=str((Path(folder) / self.path).absolute()))
-
     def decode(self, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
         """Decode to 8-bit RGB.
 
@@ -95,14 +96,27 @@ class StoredImage:
         Raises:
             ImageError: for an invalid image.
         """
-        source = self.path if self.data is None else io.BytesIO(self.data)
-        if source is None:
-            raise ImageError("no image", "it has neither bytes nor a path")
-        if isinstance(source, str) and not os.path.isfile(source):  # a pipe would block
-            state = "is not a file" if os.path.exists(source) else "does not exist"
-            raise ImageError("missing", f"{shorten(source)} {state}")
-        with _image_errors(), Image.open(source, formats=_formats()) as image:
+        with (
+            _image_errors(),
+            self._encoded() as file,
+            Image.open(file, formats=_formats()) as image,
+        ):
             return _to_rgb(image, max_pixels)
+
+    def _encoded(self) -> BinaryIO:
+        """The encoded image, as an open file of at most `MAX_BYTES`."""
+        if self.data is not None:
+            file: BinaryIO = io.BytesIO(self.data)
+            size = len(self.data)
+        elif self.path is None:
+            raise ImageError("no image", "it has neither bytes nor a path")
+        else:
+            file = _opened(self.path)
+            size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            file.close()
+            raise ImageError("too large", f"its {size:,} bytes are more than {MAX_BYTES:,}")
+        return file
 
     def open(self, record: str) -> Image.Image:
         """Decode to 8-bit RGB. See `decode`.
@@ -120,6 +134,49 @@ class StoredImage:
             raise RecordError(
                 record, f"its image {problem}.", "Replace the image or remove the record."
             ) from error
+
+
+class DataFolder:
+    """The folder that must contain the files of a data set, such as its images.
+
+    Symbolic links are resolved first. The links of a folder of many files are resolved once.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = os.path.realpath(folder)
+        self._resolved: dict[str, str] = {}  # folder as in a path -> folder without links
+
+    def file(self, path: str) -> str:
+        """The absolute path of a file in the folder, without links.
+
+        An absolute path is accepted if it is in the folder.
+
+        Raises:
+            ImageError: "outside the folder" for a file that is not in the folder.
+        """
+        folder, name = os.path.split(os.path.join(self.path, path))
+        try:
+            if folder not in self._resolved:
+                self._resolved[folder] = os.path.realpath(folder)
+            file = os.path.join(self._resolved[folder], name)
+            if name in ("", ".", "..") or os.path.islink(file):
+                file = os.path.realpath(file)
+        except ValueError:  # a null byte
+            raise ImageError("missing", f"{short_repr(path)} is not a file name") from None
+        if os.path.commonpath([self.path, file]) != self.path:
+            raise ImageError("outside the folder", f"{short_repr(path)} is not in {self.path}")
+        return file
+
+
+def _opened(path: str) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
+        raise ImageError("missing", f"{shorten(path)} does not exist") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ImageError("missing", f"{shorten(path)} is not a file") from None
 
 
 @contextmanager

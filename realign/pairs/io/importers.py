@@ -22,20 +22,22 @@ import pyarrow as pa
 
 from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import Entry, Names, name_of
-from realign.data.errors import Malformed, short_repr
-from realign.data.images import ImageError, StoredImage
+from realign.data.errors import Malformed, short_error, short_repr, shorten
+from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.data.messages import texts_of
 from realign.data.records import Record, has_parts, write_pairs
 from realign.data.tables import rows_of
-from realign.files import check_file
+from realign.files import check_file, read_json, read_limited
 from realign.pairs.io.formats import FORMATS, coco_items, format_of, json_lines, json_object
-from realign.pairs.io.images import inside, plain_image
+from realign.pairs.io.images import plain_image
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import LEFT_OUT, write_table
 from realign.pairs.io.texts import placed, printable, problem_of
 
 _NEEDED = ("prompt", "images")
 """Columns that a table must have. The pipeline can write missing responses."""
+_MOST_JSON = 2 << 30
+"""Limit on a JSON file, in bytes: twice LLaVA's llava_v1_5_mix665k.json. JSON lines have none."""
 Items = Iterator[tuple[str, Any]]
 """Objects of a file, each with its place."""
 
@@ -73,7 +75,7 @@ def read_any(
     folder = Path(images) if images is not None else path if path.is_dir() else path.parent
     if not folder.is_dir():
         raise ValueError(f"--image-folder {images} is not a folder. Pass the folder of the images.")
-    return _read(items, format, folder)
+    return _read(items, format, DataFolder(folder))
 
 
 def import_pairs(
@@ -170,11 +172,12 @@ def _open(path: Path, format: str) -> tuple[str, Items]:
         content: Any = json_lines(path)
     else:
         try:
-            with path.open("rb") as file:
-                content = json.load(file, object_pairs_hook=json_object)
+            text = read_limited(path, _MOST_JSON)
+            content = json.loads(text, object_pairs_hook=json_object)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} is not a JSON file ({error}). JSON lines need the suffix .jsonl."
+                f"{path} is not a JSON file ({shorten(str(error))}). JSON lines need the suffix "
+                ".jsonl."
             ) from error
     if isinstance(content, dict):
         if not isinstance(content.get("images"), list):
@@ -210,24 +213,30 @@ def _saved(folder: Path) -> list[Path]:
     """The Arrow files of a data set saved by `datasets`, from all splits."""
     try:
         if (folder / "dataset_dict.json").exists():
-            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-            return [file for split in splits for file in _saved(folder / split)]
-        if not (folder / "state.json").exists():
-            return []
-        data_files = json.loads((folder / "state.json").read_text())["_data_files"]
-        return [folder / entry["filename"] for entry in data_files]
+            splits = read_json(folder / "dataset_dict.json")["splits"]
+            folders = map(DataFolder(folder).file, splits)
+            return [file for split in folders for file in _split(Path(split))]
+        return _split(folder)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} is not a data set that `datasets` saved ({type(error).__name__}: {error}). "
+            f"{folder} is not a data set that `datasets` saved ({short_error(error)}). "
             "Save it again with save_to_disk."
         ) from error
+
+
+def _split(folder: Path) -> list[Path]:
+    """The Arrow files of one saved split."""
+    if not (folder / "state.json").exists():
+        return []
+    data_files = read_json(folder / "state.json")["_data_files"]
+    return [Path(DataFolder(folder).file(entry["filename"])) for entry in data_files]
 
 
 def _numbered(path: Path, items: Iterator[Any]) -> Items:
     return ((f"{path.name}:{i}", item) for i, item in enumerate(items))
 
 
-def _read(items: Items, format: str, folder: Path) -> Iterator[Record | InvalidRecord]:
+def _read(items: Items, format: str, folder: DataFolder) -> Iterator[Record | InvalidRecord]:
     names = Names()
     digests: dict[bytes, str] = {}  # digest of a record -> its name
     for place, item in items:
@@ -256,7 +265,7 @@ def _read(items: Items, format: str, folder: Path) -> Iterator[Record | InvalidR
             yield record
 
 
-def _record(name: str, entry: Entry, folder: Path) -> Record | InvalidRecord:
+def _record(name: str, entry: Entry, folder: DataFolder) -> Record | InvalidRecord:
     if not entry.images:
         return InvalidRecord(name, "read", "no image", "it names no image")
     try:
@@ -286,17 +295,17 @@ def _record(name: str, entry: Entry, folder: Path) -> Record | InvalidRecord:
     )
 
 
-def _located(image: StoredImage, folder: Path) -> StoredImage:
+def _located(image: StoredImage, folder: DataFolder) -> StoredImage:
     """The image with the absolute path of its file, which must be in the folder."""
     if image.path is None or image.data is not None:
         return image
-    file = inside(folder, image.path)
+    file = folder.file(image.path)
     if not os.path.isfile(file):
         # LLaVA uses the file names of COCO 2017. In COCO 2014, they begin with the split.
-        name = f"COCO_{folder.name}_{Path(image.path).name}"
-        file = inside(folder, str(Path(image.path).parent / name))
+        name = f"COCO_{Path(folder.path).name}_{Path(image.path).name}"
+        file = folder.file(str(Path(image.path).parent / name))
     if not os.path.isfile(file):
-        raise ImageError("missing", f"{short_repr(image.path)} is not in {folder}")
+        raise ImageError("missing", f"{short_repr(image.path)} is not in {folder.path}")
     if printable(file) != file:
         raise ImageError("malformed", f"the name of the file {short_repr(image.path)} is not UTF-8")
     return StoredImage(path=file)
