@@ -4,8 +4,8 @@ Training, pairs, evaluation and `RDPOTrainer` all decode here, so they see the s
 header is read first, and an image that is too large is rejected before any pixel is decoded. Only
 common image formats are opened, because some of Pillow's formats start programs or embed files.
 
-Images may come from strangers. `DataFolder` keeps their paths in a folder, and `open_regular` refuses
-pipes and devices.
+Images may come from strangers. `DataFolder` keeps their paths in a folder, and `open_regular`
+refuses pipes and devices.
 """
 
 from __future__ import annotations

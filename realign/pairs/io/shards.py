@@ -176,8 +176,8 @@ def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
         raise
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
-            f"{file} is damaged ({shorten(str(error))}). Remove it and run the same command again, which writes "
-            "a new file."
+            f"{file} is damaged ({shorten(str(error))}). Remove it and run the same command "
+            "again, which writes a new file."
         ) from error
 
 

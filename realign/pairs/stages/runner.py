@@ -224,8 +224,8 @@ class Runner:
         raise RunError(
             f"{len(entries)} of {counted(self.outcome.records, 'records')} cannot be used, more "
             f"than --max-bad {self.max_bad:g} allows ({shown}). For example, record "
-            f"{short_repr(example.record)}{detail}. The full list is in {self.rejected}. Fix the data or the "
-            "engine, or raise --max-bad, and run again."
+            f"{short_repr(example.record)}{detail}. The full list is in {self.rejected}. Fix the "
+            "data or the engine, or raise --max-bad, and run again."
         )
 
     def _list_invalid(self) -> None:
