@@ -23,12 +23,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from realign.data.errors import RecordError, short_repr, shorten
+from realign.data.errors import RecordError, shorten
 from realign.files import open_regular
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 4 * MAX_PIXELS
 """Limit on an encoded image: the size of an uncompressed RGBA image of `MAX_PIXELS`."""
+_MOST_SCANNED = 200 * MAX_PIXELS  # pixels times scans of a JPEG; usual are at most 14 scans
+_SHORTEST_SCAN = 10  # bytes
 BACKGROUND = (255, 255, 255)  # behind transparent pixels, as in browsers
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _UPRIGHT = {  # EXIF orientation -> its inverse
@@ -101,6 +103,8 @@ class StoredImage:
             self._encoded() as file,
             Image.open(file, formats=_formats()) as image,
         ):
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(file, image.width * image.height)
             return _to_rgb(image, max_pixels)
 
     def _encoded(self) -> BinaryIO:
@@ -146,6 +150,21 @@ class DataFolder:
         self.path = os.path.realpath(folder)
         self._resolved: dict[str, str] = {}  # folder as in a path -> folder without links
 
+    @classmethod
+    def of_images(cls, data: Path, images: str | Path | None) -> DataFolder:
+        """The folder `images`, by default the folder of the data set.
+
+        Raises:
+            ValueError: when `images` is not a folder.
+        """
+        if images is None:
+            return cls(data if data.is_dir() else data.parent)
+        if not Path(images).is_dir():
+            raise ValueError(
+                f"--image-folder {images} is not a folder. Pass the folder of the images."
+            )
+        return cls(images)
+
     def file(self, path: str) -> str:
         """The absolute path of a file in the folder, without links.
 
@@ -162,10 +181,23 @@ class DataFolder:
             if name in ("", ".", "..") or os.path.islink(file):
                 file = os.path.realpath(file)
         except ValueError:  # a null byte
-            raise ImageError("missing", f"{short_repr(path)} is not a file name") from None
+            raise ImageError("missing", f"{shorten(repr(path))} is not a file name") from None
         if os.path.commonpath([self.path, file]) != self.path:
-            raise ImageError("outside the folder", f"{short_repr(path)} is not in {self.path}")
+            detail = f"{shorten(repr(path))} is not in {shorten(self.path)}"
+            raise ImageError("outside the folder", detail)
         return file
+
+
+def _check_scans(file: BinaryIO, pixels: int) -> None:
+    """Refuse a JPEG with so many scans that it takes hours. Each decodes all pixels again."""
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    if pixels * (size // _SHORTEST_SCAN) > _MOST_SCANNED:
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")  # in the data of a scan, 0 follows 255
+        if pixels * scans > _MOST_SCANNED:
+            raise ImageError("corrupt", f"it is a JPEG of {scans:,} scans")
+    file.seek(place)
 
 
 def _opened(path: str) -> BinaryIO:

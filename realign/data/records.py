@@ -113,7 +113,7 @@ def read_pairs(path: str | Path, image_folder: str | Path | None = None) -> list
     if path.is_file() and (remedy := _CONVERSIONS.get(path.suffix)):
         raise ValueError(f"{path} is not a Parquet file. {remedy.format(path)}")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    folder = DataFolder(image_folder or (path if path.is_dir() else path.parent))
+    folder = DataFolder.of_images(path, image_folder)
     needed = ("prompt", "chosen", "rejected", "images")
     records = records_in(rows_of(files, needed, tuple(PROVENANCE)), folder)
     if not records:

@@ -75,8 +75,7 @@ def write_gallery(
     shown: Collection[int] = range(total)
     if most and most < total:
         shown = set(np.linspace(0, total - 1, most).round().astype(int).tolist())
-    own_folder = Path(pairs) if Path(pairs).is_dir() else Path(pairs).parent
-    album = _Album(side, DataFolder(image_folder or own_folder))
+    album = _Album(side, DataFolder.of_images(Path(pairs), image_folder))
     cards = [
         _card(row, name, album)
         for number, (_, name, row) in enumerate(pair_rows(pairs))

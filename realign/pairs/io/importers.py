@@ -29,7 +29,7 @@ from realign.data.records import Record, has_parts, write_pairs
 from realign.data.tables import rows_of
 from realign.files import check_file, read_json, read_limited
 from realign.pairs.io.formats import FORMATS, coco_items, format_of, json_lines, json_object
-from realign.pairs.io.images import plain_image
+from realign.pairs.io.images import ImagePaths, plain_image
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import LEFT_OUT, write_table
 from realign.pairs.io.texts import placed, printable, problem_of
@@ -72,10 +72,7 @@ def read_any(
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {data}. Pass an existing file or folder.")
     format, items = _open(path, format)
-    folder = Path(images) if images is not None else path if path.is_dir() else path.parent
-    if not folder.is_dir():
-        raise ValueError(f"--image-folder {images} is not a folder. Pass the folder of the images.")
-    return _read(items, format, DataFolder(folder))
+    return _read(items, format, DataFolder.of_images(path, images))
 
 
 def import_pairs(
@@ -99,6 +96,13 @@ def import_pairs(
     Raises:
         ValueError: when no pair is left, or when `read_any` raises it.
     """
+    return _import_pairs(data, images, output, format)[0]
+
+
+def _import_pairs(
+    data: str, images: str | None, output: str, format: str
+) -> tuple[dict[str, int], str]:
+    """The numbers of `import_pairs`, and the note of `ImagePaths`."""
     rejected = Path(output).with_suffix(".work") / "rejected_records.parquet"
     check_file("--output", output, device=False)
     check_file("--output", rejected)
@@ -120,14 +124,16 @@ def import_pairs(
             preferred = preferred or bool(entry.retrieved_chosen)
     records = pairs()
     first = next(records, None)
-    written = 0
+    written, paths = 0, ImagePaths()
     if first:
-        written = write_pairs(output, chain([first], records), typed=typed, preferred=preferred)
+        noted = paths.of(chain([first], records))
+        written = write_pairs(output, noted, typed=typed, preferred=preferred)
     write_table(rejected, pa.Table.from_pylist([vars(record) for record in invalid], LEFT_OUT))
     counts = Counter(record.reason for record in invalid)
     if not written:
         raise ValueError(f"{data} gave no pair ({dict(counts)}). {rejected} lists every record.")
-    return {"pairs": written, **dict(sorted(counts.items()))}
+    note = paths.note(output, DataFolder.of_images(Path(data), images))
+    return {"pairs": written, **dict(sorted(counts.items()))}, note
 
 
 def _plain(stored: StoredImage) -> StoredImage | ImageError:
@@ -346,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="Format of DATA. auto detects it.",
     )
     args = parser.parse_args(arguments)
-    counts = import_pairs(args.data, args.image_folder, args.output, format=args.format)
+    counts, note = _import_pairs(args.data, args.image_folder, args.output, args.format)
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "pairs")
-    print(f"wrote {args.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}")
+    print(f"wrote {args.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}{note}")
     return 0
