@@ -88,6 +88,9 @@ class StoredImage:
         pixels on white. Of 16-bit samples the upper 8 bits are kept. CMYK is converted without
         colour management. A CMYK JPEG is read as inverted, like in Adobe's programs and browsers.
 
+        An image of `MAX_PIXELS` takes up to 0.4 GB, with transparency 0.8 GB, and a JPEG 2000 of
+        65,000 tiles 0.8 GB (measured). Several threads may decode at once.
+
         Args:
             max_pixels: limit on width times height.
 
@@ -287,7 +290,7 @@ def _flatten(image: Image.Image, transparent: Any) -> Image.Image:
             image.info["transparency"] = transparent
         # Pillow converts premultiplied grey (La) only to LA.
         image = image.convert("LA") if image.mode == "La" else image
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")  # it would copy
         background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         image = Image.alpha_composite(background, image)
     flat = image.convert("RGB")  # a copy, also of RGB

@@ -36,7 +36,8 @@ OPTIONS = {
     CacheConfig: "reference_cache=None",
     FillConfig: """
         pairs=None image_folder=None model=None objective=rdpo dtype=auto attention=tree
-        max_response_tokens=1024 row_tokens=0 batch_rows=32 fsdp=False nproc_per_node=0 quiet=False""",
+        max_response_tokens=1024 row_tokens=0 batch_rows=32 fsdp=False nproc_per_node=0
+        quiet=False""",
     PairsConfig: """
         output=runs/pairs.parquet data=None format=auto image_folder=None model=None
         embed_model=None dtype=fp32 scenes=1024 answer=None k=10 index=auto ceiling=0.999
