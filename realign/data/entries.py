@@ -124,8 +124,6 @@ def name_of(row: Any) -> str | None:
     if not isinstance(name, str | numbers.Number) or isinstance(name, bool):
         raise Malformed(f"its id is {short_repr(name)}.", "Give text or a number.")
     text = str(name).encode("utf-8", "replace").decode()
-    if len(text) > _LONGEST_PATH:
-        raise Malformed(f"its id has {len(text):,} characters.", "Give a shorter one.", "too long")
     return " ".join(text.split()) or None
 
 

@@ -178,12 +178,14 @@ class DataFolder:
         """
         folder, name = os.path.split(os.path.join(self.path, path))
         try:
+            if "\0" in path:
+                raise ValueError("a null byte")
             if folder not in self._resolved:
                 self._resolved[folder] = os.path.realpath(folder)
             file = os.path.join(self._resolved[folder], name)
             if name in ("", ".", "..") or os.path.islink(file):
                 file = os.path.realpath(file)
-        except ValueError:  # a null byte
+        except ValueError:  # also half of a surrogate pair
             raise ImageError("missing", f"{shorten(repr(path))} is not a file name") from None
         if os.path.commonpath([self.path, file]) != self.path:
             detail = f"{shorten(repr(path))} is not in {shorten(self.path)}"

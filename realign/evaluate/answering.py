@@ -95,7 +95,7 @@ def prepare(
     sheet = Sheet(questions, Path(images), output, asked, _read(output, asked))
     for question in questions:
         earlier = sheet.done.get(question.id)
-        if earlier is not None and (earlier["question"], earlier["image"]) != (
+        if earlier is not None and (earlier.get("question"), earlier.get("image")) != (
             question.text,
             question.image,
         ):
@@ -180,7 +180,7 @@ def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
     head, *lines = _lines(output)
     if head.get("asked") != asked:
-        changed = [n for n, v in asked.items() if head.get("asked", {}).get(n) != v]
+        changed = [n for n, v in asked.items() if head["asked"].get(n) != v]
         raise ValueError(
             f"{output} holds answers for a different {', '.join(changed)}. Name another --output."
         )
@@ -196,7 +196,8 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         lines = [json.loads(text) for text in texts if text.endswith("\n")]  # the last may be cut
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a file of answers ({shorten(str(error))}).") from error
-    if not lines or not all(isinstance(line, dict) for line in lines) or "asked" not in lines[0]:
+    objects = lines and all(isinstance(line, dict) for line in lines)
+    if not objects or not isinstance(lines[0].get("asked"), dict):
         raise ValueError(f"{file} is not a file of answers: its first line does not name a model.")
     for number, line in enumerate(lines[1:], 2):
         if not (isinstance(line.get("id"), str) and isinstance(line.get("answer"), str)):
@@ -224,7 +225,7 @@ def _check_images(sheet: Sheet) -> None:
         first = absent[0]
         raise ValueError(
             f"the image of question {images[first].id!r} of {sheet.output.stem} is missing: "
-            f"{places[first]}. {len(absent)} of {len(images)} images are missing. Check "
+            f"{shorten(places[first])}. {len(absent)} of {len(images)} images are missing. Check "
             "--image-folder."
         )
 

@@ -25,6 +25,7 @@ from realign.data.images import StoredImage
 from realign.data.tables import rows_of
 from realign.files import read_json
 from realign.pairs.stages.runner import run_note
+from realign.terminal import printable
 
 FACTS = (
     "neighbour", "masked", "masker", "answer_model", "refill_model", "embed_model",
@@ -254,5 +255,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "PAIRS.work beside PAIRS.parquet.",
     )
     args = parser.parse_args(arguments)
-    print(collect(args.pairs, work=args.work))
+    print(printable(collect(args.pairs, work=args.work)))
     return 0

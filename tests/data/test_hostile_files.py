@@ -22,7 +22,7 @@ from realign.data.errors import Malformed
 from realign.data.images import StoredImage
 from realign.data.records import RecordError, read_pairs, write_pairs
 from realign.data.tables import weight
-from realign.evaluate.answering import read_answers
+from realign.evaluate.answering import Question, prepare, read_answers
 from realign.evaluate.files import read_captions, read_rows, read_synonyms
 from realign.files import open_lock
 from realign.hf.records import records_of
@@ -227,16 +227,16 @@ def test_offsets_out_of_an_arrow_file_are_an_error(tmp_path):
     _save_arrow(tmp_path / "d.arrow", table)
     content = (tmp_path / "d.arrow").read_bytes()
     offsets = struct.pack("<2i", 0, 7777)
-    assert content.count(offsets) == 1
-    content = content.replace(offsets, struct.pack("<2i", 0, 1 << 30))
-    (tmp_path / "d.arrow").write_bytes(content)
+    place = content.rindex(offsets)  # in the body of the batch, behind its metadata
+    changed = content[:place] + struct.pack("<2i", 0, 1 << 30) + content[place + 8 :]
+    (tmp_path / "d.arrow").write_bytes(changed)
     with pytest.raises(ValueError, match="not a readable Arrow file"):
         list(read_any(str(tmp_path / "d.arrow")))
 
 
-def test_long_texts_and_ids_are_refused():
+def test_long_texts_are_refused():
     row = TEXTS | {"images": [b"x"]}
-    for changes in ({"prompt": "a " * 600_000}, {"chosen": "a" * 1_048_577}, {"id": "i" * 5000}):
+    for changes in ({"prompt": "a " * 600_000}, {"chosen": "a" * 1_048_577}):
         with pytest.raises(Malformed) as error:
             entry_of(row | changes)
         assert error.value.reason == "too long" and len(str(error.value)) < 300
@@ -378,3 +378,12 @@ def test_a_lock_keeps_the_content_of_its_file(tmp_path):
     ):
         pass
     assert (tmp_path / ".lock").read_text() == "kept"
+
+
+@pytest.mark.parametrize("asked", [None, "m", ["m"], {"model": ["m"]}])
+def test_answers_of_another_shape_are_refused(tmp_path, asked):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"asked": asked}) + '\n{"id": "1", "answer": ""}\n'
+    )
+    with pytest.raises(ValueError, match="answers"):
+        prepare([Question("1", "q", None)], tmp_path, tmp_path / "a.jsonl", model="m", max_tokens=1)
