@@ -26,10 +26,14 @@ MAX_RATIO = 16
 file may still repeat each image in 16 rows."""
 SMALL = 256 << 20
 """Decoded size that files of any size may have, in bytes."""
-_BATCH = 32  # rows in memory at once, few because images may be large
-_BATCH_BYTES = 64 << 20  # decoded bytes in memory at once, apart from longer single rows
-_DICTIONARY = 2  # type of a message that holds a dictionary
-_OBJECT = 32  # bytes of a Python object, from below: 400,000 rows of text are `SMALL`
+_BATCH = 32
+"""Rows in memory at once, few because images may be large."""
+_BATCH_BYTES = 64 << 20
+"""Decoded bytes in memory at once. A single row may have more."""
+_OBJECT = 32
+"""Least size of a Python object in bytes. 400,000 rows of short texts are `SMALL`."""
+_DICTIONARY = 2
+"""Type of a message that holds a dictionary (Arrow's Message.fbs)."""
 
 
 def rows_of(
@@ -102,9 +106,9 @@ def weight(array: pa.Array) -> int:
     if pa.types.is_dictionary(kind):
         if not pa.types.is_nested(kind.value_type):
             lengths = _lengths(array.dictionary)
-            return size + (pc.sum(pc.take(lengths, array.indices)).as_py() or 0)
+            return size + (lengths.take(array.indices).sum().as_py() or 0)
     elif not pa.types.is_nested(kind) and not pa.types.is_run_end_encoded(kind):
-        return size + (pc.sum(_lengths(array)).as_py() or 0)
+        return size + (_lengths(array).sum().as_py() or 0)
     raise pa.ArrowInvalid(f"values of type {kind} are not supported")
 
 
@@ -116,7 +120,7 @@ def _lengths(array: pa.Array) -> pa.Array:
         return pa.array(views[::4][array.offset : array.offset + len(array)], pa.int64())
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
     if any(is_kind(kind) for is_kind in (*texts, pa.types.is_large_binary)):
-        return pc.cast(pc.binary_length(array), pa.int64())
+        return pc.call_function("binary_length", [array]).cast(pa.int64())
     return pa.nulls(len(array), pa.int64())
 
 
