@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from realign.data.entries import COLUMNS, SOURCES
 from realign.data.errors import Malformed, shorten
+from realign.data.pages import pages_of
 from realign.files import open_regular
 
 MAX_RATIO = 16
@@ -161,7 +162,7 @@ def _batches(
         return
     with pq.ParquetFile(file) as parquet:
         columns = _columns(parquet.schema_arrow.names, file, needed, readable)
-        sizes, repeating = _footer_sizes(parquet.metadata, columns, most, file)
+        sizes, repeating = _decoded_sizes(parquet.metadata, columns, most, file)
     with pq.ParquetFile(file, read_dictionary=repeating) as parquet:
         for group, size in enumerate(sizes):
             rows = max(1, parquet.metadata.row_group(group).num_rows)
@@ -169,7 +170,7 @@ def _batches(
             yield from parquet.iter_batches(count, row_groups=[group], columns=columns)
 
 
-def _footer_sizes(
+def _decoded_sizes(
     metadata: pq.FileMetaData, columns: Sequence[str], most: int, file: Path
 ) -> tuple[list[int], list[str]]:
     """Size of each row group without repetitions, and columns that may repeat long values.
@@ -181,21 +182,23 @@ def _footer_sizes(
         ValueError: for sizes above `most`.
     """
     sizes, repeating = [], set()
-    for number in range(metadata.num_row_groups):
-        group, size = metadata.row_group(number), 0
-        for chunk in map(group.column, range(group.num_columns)):
-            if chunk.path_in_schema.partition(".")[0] not in columns:
-                continue
-            size += chunk.total_uncompressed_size + _OBJECT * chunk.num_values
-            if chunk.total_uncompressed_size * max(chunk.num_values, group.num_rows) <= SMALL:
-                continue
-            if "DELTA_BYTE_ARRAY" in chunk.encodings:  # a value may repeat the previous one
+    with open_regular(file) as opened:
+        for number in range(metadata.num_row_groups):
+            group, size = metadata.row_group(number), 0
+            for chunk in map(group.column, range(group.num_columns)):
+                if chunk.path_in_schema.partition(".")[0] not in columns:
+                    continue
+                pages = pages_of(opened, chunk)
+                size += pages.size + _OBJECT * pages.values
+                if pages.size * pages.values <= SMALL:
+                    continue
+                if pages.delta:
+                    raise _too_large(file)
+                if pages.dictionary and chunk.physical_type == "BYTE_ARRAY":
+                    repeating.add(chunk.path_in_schema)
+            sizes.append(size)
+            if sum(sizes) > most:
                 raise _too_large(file)
-            if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page:
-                repeating.add(chunk.path_in_schema)
-        sizes.append(size)
-    if sum(sizes) > most:
-        raise _too_large(file)
     return sizes, sorted(repeating)
 
 

@@ -84,6 +84,19 @@ def test_the_user_may_name_another_folder(places):
     assert records_of(rows)[0].images[0].open("").size == (40, 40)  # rows of the user's program
 
 
+def test_no_program_runs_for_a_postscript_image(tmp_path, monkeypatch):
+    marker, program = tmp_path / "ran", tmp_path / "gs"  # Pillow starts Ghostscript for EPS
+    program.write_text(f"#!/bin/sh\ntouch '{marker}'\necho 10.0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n"
+    (tmp_path / "a.png").write_bytes(data)
+    for stored in (StoredImage(data), StoredImage(path=str(tmp_path / "a.png"))):
+        with pytest.raises(RecordError, match="none of the formats"):
+            stored.open("r")
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("name", ["pipe.png", "/dev/zero"])
 def test_a_pipe_or_device_is_no_image(tmp_path, name):
     path = str(tmp_path / name)
@@ -157,6 +170,28 @@ def _bombs(folder):
                 "column_encoding": {"images.list.element.bytes": "DELTA_BYTE_ARRAY"}}  # fmt: skip
     same = pa.array([[{"bytes": bytes(1 << 20), "path": None}]] * 300, _IMAGES)
     pq.write_table(_table(300, same), folder / "delta.parquet", **encoding)
+    _understate(folder / "zeros.parquet", folder / "forged.parquet")
+
+
+def _understate(file, output):
+    """Write a copy whose footer gives every column of images a size of 1,000 bytes."""
+    content, metadata = file.read_bytes(), pq.read_metadata(file)
+    start = len(content) - 8 - struct.unpack("<I", content[-8:-4])[0]
+    chunk = metadata.row_group(0).column(3)
+    assert chunk.path_in_schema == "images.list.element.bytes"
+    size, true = _zigzag(chunk.total_uncompressed_size), content[start:]
+    forged = _zigzag(1000, len(size))
+    assert true.count(size) == metadata.num_row_groups
+    output.write_bytes(content[:start] + true.replace(size, forged))
+    assert pq.read_metadata(output).row_group(0).column(3).total_uncompressed_size == 1000
+
+
+def _zigzag(value, length=5):
+    """A positive number in Thrift's compact protocol, in a given number of bytes."""
+    groups = [2 * value >> 7 * i & 127 | 128 for i in range(length)]
+    while length == 5 and groups[-1] == 128:
+        groups.pop()
+    return bytes([*groups[:-1], groups[-1] & 127])
 
 
 _READ = """
@@ -176,7 +211,7 @@ print(int(peak.split()[1]) // 1024)
 def test_memory_is_bounded_for_files_that_decode_to_gigabytes(tmp_path):
     _bombs(tmp_path)
     files = sorted(map(str, tmp_path.glob("*.parquet")))
-    assert len(files) == 5 and sum(map(os.path.getsize, files)) < 1 << 20
+    assert len(files) == 6 and sum(map(os.path.getsize, files)) < 1 << 20
     result = subprocess.run(
         [sys.executable, "-c", _READ, *files], capture_output=True, text=True, timeout=60
     )
