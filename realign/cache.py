@@ -70,6 +70,9 @@ class CacheConfig:
 class FillConfig:
     pairs: str | None = None
     """Parquet file, or folder of such files, of preference pairs. Required."""
+    image_folder: str | None = None
+    """Folder that contains the images and that image paths in --pairs are relative to. An image
+    outside of it is an error. Without it, the folder of --pairs."""
     model: str | None = None
     """Folder or Hub name of the reference model. Without it, the shipped digits model is used."""
     objective: str = "rdpo"
@@ -119,6 +122,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         config.model or str(ASSETS),
         config.pairs,
         LossConfig(objective=config.objective),
+        image_folder=config.image_folder,
         dtype=dtype,
         weights_dtype=dtype,
         attention=attends,

@@ -43,6 +43,7 @@ METAVARS = {
     "warmup": "FRACTION",
     "clip": "NORM",
     "epochs": "N",
+    "image_folder": "FOLDER",
     "output": "FOLDER",
     "reference_cache": "FOLDER",
     "wandb": "PROJECT",
@@ -96,6 +97,9 @@ class ModelConfig:
 class DataConfig:
     pairs: str | None = None
     """Parquet file or folder of preference pairs. Without it pairs of digits are built."""
+    image_folder: str | None = None
+    """Folder that contains the images and that image paths in --pairs are relative to. An image
+    outside of it is an error. Without it, the folder of --pairs."""
     max_response_tokens: int = 1024
     """Maximum number of tokens in a response. A longer response is an error that names its record.
     Responses are never cut."""
@@ -104,6 +108,8 @@ class DataConfig:
     forward ('tree'), at least 8192 ('flex'), or the longest tree (the others)."""
 
     def __post_init__(self) -> None:
+        if self.pairs is None and self.image_folder is not None:
+            _no_effect("image_folder", "pairs of digits hold their images", "add --pairs")
         _positive("max_response_tokens", self.max_response_tokens)
         _not_negative("row_tokens", self.row_tokens)
 

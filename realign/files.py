@@ -45,6 +45,25 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
+def open_lock(path: str | Path) -> BinaryIO:
+    """Open a lock file for writing, created if it is absent. Its content is never changed.
+
+    Raises:
+        OSError: for a symbolic link, which could name any file, or for anything but a file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        file = open(os.open(path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "This is a symbolic link. Remove it", str(path)) from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "This is not a regular file", str(path))
+    return file
+
+
 def read_limited(path: str | Path, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes.
 

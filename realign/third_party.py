@@ -15,5 +15,7 @@ def silence_third_party() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Checkpoints of a process without a group are intended.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    # The decoder of images has a lower limit of its own, with an error.
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     # The launcher would print a table for a failed rank. `launch` prints one line instead.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -50,6 +50,7 @@ COLUMNS = frozenset(name for names in SOURCES.values() for name in names) | {
 """Every column that `entry_of` looks at."""
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # starts of PNG, JPEG, GIF, WebP
 _LONGEST_PATH = 4096  # bytes, the limit of Linux
+_LONGEST_TEXT = 1 << 20  # characters; a context of 128,000 tokens has half as many
 _GIVE_IMAGE = "Give a PIL image, bytes or a path."
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"system": "system"}
@@ -376,6 +377,12 @@ def _message(message: Any, column: str) -> Message:
 
 def _readable(text: str, column: str) -> str:
     """Returns the text, or raises `Malformed` if a tokenizer cannot read it as intended."""
+    if len(text) > _LONGEST_TEXT:
+        raise Malformed(
+            f"its {column} has {len(text):,} characters, more than {_LONGEST_TEXT:,}.",
+            "Shorten it or remove the record.",
+            "too long",
+        )
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
 from typing import Any
 
 from realign.terminal import printable
@@ -67,11 +66,29 @@ def shorten(text: str) -> str:
     return printable(ends[0])
 
 
-def one_of(errors: Sequence[RecordError]) -> RecordError:
-    """Returns the first of several errors, with the number and names of the others added."""
-    first, *later = errors
-    if later:
-        names = ", ".join(short_repr(error.record) for error in later[:_NAMED])
-        more = ", ..." if len(later) > _NAMED else ""
-        first.args = (f"{first} {len(later)} more record(s) have errors: {names}{more}.",)
-    return first
+class RecordErrors:
+    """Collects errors of records: the first one, and the number and first names of the others."""
+
+    def __init__(self) -> None:
+        self._first: RecordError | None = None
+        self._names: list[str] = []
+        self._later = 0
+
+    def add(self, error: RecordError) -> None:
+        if self._first is None:
+            self._first = error
+            return
+        self._later += 1
+        if self._later <= _NAMED:
+            self._names.append(short_repr(error.record))
+
+    def check(self) -> None:
+        """Raise the first error, if there is one. Its message counts the others."""
+        if self._first is None:
+            return
+        if self._later:
+            names = ", ".join(self._names) + (", ..." if self._later > _NAMED else "")
+            self._first.args = (
+                f"{self._first} {self._later} more record(s) have errors: {names}.",
+            )
+        raise self._first

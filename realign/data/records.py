@@ -24,9 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from realign.data.entries import Names, entry_of, name_of
-from realign.data.errors import Malformed, RecordError, one_of, short_repr
-from realign.data.images import StoredImage
+from realign.data.errors import Malformed, RecordErrors, short_repr
+from realign.data.errors import RecordError as RecordError
+from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.data.tables import rows_of
+from realign.files import replacing
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _PARTS = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
@@ -74,6 +76,8 @@ class Record:
     retrieved_chosen: str = ""  # response preferred for the retrieved image, if any
 
 
+IMAGE_FOLDER = "--image-folder FOLDER, or image_folder of `read_pairs`"
+"""The settings that name the folder of the images, for errors."""
 _IMPORT = "Convert its pairs with `python -m realign.pairs import {} --output pairs.parquet`."
 _CONVERSIONS = {
     ".json": _IMPORT,
@@ -82,20 +86,23 @@ _CONVERSIONS = {
 }
 
 
-def read_pairs(path: str | Path) -> list[Record]:
+def read_pairs(path: str | Path, image_folder: str | Path | None = None) -> list[Record]:
     """Read the preference records of a Parquet file, or of every Parquet file in a folder.
 
     Args:
         path: a `.parquet` file, or a folder of them that is read in the order of file names.
-            Relative image paths start at that folder.
+        image_folder: folder that contains the images and that relative image paths start at. None
+            means the folder of the file. Files of strangers may name any image of this machine.
 
     Returns:
         The records, in file order. Their images are not decoded.
 
     Raises:
         FileNotFoundError: when `path` does not exist.
-        ValueError: for an empty data set or a missing column.
-        RecordError: for a record without a response or an image.
+        ValueError: for an empty data set, a missing column, or a file that decodes to much more
+            than its size.
+        RecordError: for a record without a response or an image, or with an image outside the
+            folder.
     """
     path = Path(path)
     if not os.path.exists(path):
@@ -106,7 +113,7 @@ def read_pairs(path: str | Path) -> list[Record]:
     if path.is_file() and (remedy := _CONVERSIONS.get(path.suffix)):
         raise ValueError(f"{path} is not a Parquet file. {remedy.format(path)}")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    folder = path if path.is_dir() else path.parent
+    folder = DataFolder.of_images(path, image_folder)
     needed = ("prompt", "chosen", "rejected", "images")
     records = records_in(rows_of(files, needed, tuple(PROVENANCE)), folder)
     if not records:
@@ -146,17 +153,12 @@ def write_pairs(
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema(columns, metadata=metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, count, remaining = path.with_name(f".{path.name}.partial"), 0, iter(records)
-    try:
-        with pq.ParquetWriter(partial, schema) as writer:
-            while group := list(islice(remaining, _ROW_GROUP)):
-                rows = [_to_row(record, typed) for record in group]
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                count += len(group)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    count, remaining = 0, iter(records)
+    with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
+        while group := list(islice(remaining, _ROW_GROUP)):
+            rows = [_to_row(record, typed) for record in group]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            count += len(group)
     return count
 
 
@@ -186,20 +188,21 @@ def _to_row(record: Record, typed: bool) -> dict[str, Any]:
 
 
 def records_in(
-    rows: Iterable[tuple[str, Mapping[str, Any] | Malformed]], folder: str | Path
+    rows: Iterable[tuple[str, Mapping[str, Any] | Malformed]], folder: DataFolder | None = None
 ) -> list[Record]:
     """Records of rows. A row without an id is named by its place, and names are made unique.
 
     Args:
         rows: (place, row) pairs.
-        folder: the folder that relative image paths start at.
+        folder: the folder of the images. None, for rows of the user's own program, accepts any
+            path, and relative paths start at the current directory.
 
     Raises:
         RecordError: for the first invalid row. The message also counts the later ones.
     """
     names = Names()
     records: list[Record] = []
-    errors: list[RecordError] = []
+    errors = RecordErrors()
     for place, row in rows:
         name = place
         try:
@@ -212,13 +215,12 @@ def records_in(
             name = names.unique(name_of(row) or place)
             records.append(_record(name, row, folder))
         except Malformed as error:
-            errors.append(error.of(name))
-    if errors:
-        raise one_of(errors)
+            errors.add(error.of(name))
+    errors.check()
     return records
 
 
-def _record(name: str, row: Mapping[str, Any], folder: str | Path) -> Record:
+def _record(name: str, row: Mapping[str, Any], folder: DataFolder | None) -> Record:
     entry = entry_of(row)
     chosen, rejected, preferred = entry.chosen or "", entry.rejected or "", entry.retrieved_chosen
     responses = {"chosen": chosen, "rejected": rejected}
@@ -232,11 +234,26 @@ def _record(name: str, row: Mapping[str, Any], folder: str | Path) -> Record:
         tuple(entry.prompt),
         chosen,
         rejected,
-        tuple(image.absolute(folder) for image in entry.images),
-        tuple(image.absolute(folder) for image in entry.retrieved),
+        tuple(_located(image, folder) for image in entry.images),
+        tuple(_located(image, folder) for image in entry.retrieved),
         {key: row[key] for key in PROVENANCE if row.get(key) is not None},
         preferred,
     )
+
+
+def _located(image: StoredImage, folder: DataFolder | None) -> StoredImage:
+    if image.data is not None or image.path is None:
+        return image
+    if folder is None:
+        return StoredImage(path=os.path.abspath(image.path))
+    try:
+        return StoredImage(path=folder.file(image.path))
+    except ImageError as error:
+        raise Malformed(
+            f"its image is {error}.",
+            f"If its source is trusted, name a folder that contains it ({IMAGE_FOLDER}).",
+            error.reason,
+        ) from error
 
 
 def _feature(kind: pa.DataType) -> dict[str, Any]:

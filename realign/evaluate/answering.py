@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from realign.data.images import StoredImage
-from realign.files import check_file, read_jsonl, write_whole
+from realign.data.errors import shorten
+from realign.data.images import DataFolder, ImageError, StoredImage
+from realign.evaluate.files import read_text
+from realign.files import check_file, write_whole
 from realign.pairs.engines import Chat, Engine
-from realign.pairs.io.images import ImageError, inside, load_image
+from realign.pairs.io.images import load_image
 from realign.pairs.io.rows import files_digest
 from realign.progress import Progress
 
@@ -93,7 +95,7 @@ def prepare(
     sheet = Sheet(questions, Path(images), output, asked, _read(output, asked))
     for question in questions:
         earlier = sheet.done.get(question.id)
-        if earlier is not None and (earlier["question"], earlier["image"]) != (
+        if earlier is not None and (earlier.get("question"), earlier.get("image")) != (
             question.text,
             question.image,
         ):
@@ -178,11 +180,11 @@ def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
     head, *lines = _lines(output)
     if head.get("asked") != asked:
-        changed = [n for n, v in asked.items() if head.get("asked", {}).get(n) != v]
+        changed = [n for n, v in asked.items() if head["asked"].get(n) != v]
         raise ValueError(
             f"{output} holds answers for a different {', '.join(changed)}. Name another --output."
         )
-    text = output.read_text(encoding="utf-8")
+    text = read_text(output)
     if not text.endswith("\n"):
         write_whole(output, text[: text.rfind("\n") + 1])
     return {line["id"]: line for line in lines}
@@ -190,10 +192,12 @@ def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     try:
-        lines = read_jsonl(file)
-    except ValueError as error:
-        raise ValueError(f"{file} is not a file of answers ({error}).") from error
-    if not lines or not all(isinstance(line, dict) for line in lines) or "asked" not in lines[0]:
+        texts = read_text(file).splitlines(keepends=True)
+        lines = [json.loads(text) for text in texts if text.endswith("\n")]  # the last may be cut
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not a file of answers ({shorten(str(error))}).") from error
+    objects = lines and all(isinstance(line, dict) for line in lines)
+    if not objects or not isinstance(lines[0].get("asked"), dict):
         raise ValueError(f"{file} is not a file of answers: its first line does not name a model.")
     for number, line in enumerate(lines[1:], 2):
         if not (isinstance(line.get("id"), str) and isinstance(line.get("answer"), str)):
@@ -221,7 +225,7 @@ def _check_images(sheet: Sheet) -> None:
         first = absent[0]
         raise ValueError(
             f"the image of question {images[first].id!r} of {sheet.output.stem} is missing: "
-            f"{places[first]}. {len(absent)} of {len(images)} images are missing. Check "
+            f"{shorten(places[first])}. {len(absent)} of {len(images)} images are missing. Check "
             "--image-folder."
         )
 
@@ -230,7 +234,7 @@ def _place(folder: Path, question: Question) -> str:
     """The file of a question's image."""
     assert question.image is not None
     try:
-        return inside(folder, question.image)
+        return DataFolder(folder).file(question.image)
     except ImageError as error:
         raise ValueError(f"the image of question {question.id!r}: {error}") from error
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from realign.cli import CommandParser
-from realign.data.errors import short_repr
+from realign.data.errors import short_repr, shorten
 from realign.evaluate import chair, files, hallusionbench, paired, tables, yesno
 from realign.evaluate.answering import Question, Sheet, answer, prepare, read_answers
 from realign.evaluate.handoff import hand_off
 from realign.files import check_file, check_folder, write_whole
+from realign.terminal import printable
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """Suffix of a yes/no question in LLaVA and lmms-eval."""
@@ -54,7 +55,7 @@ def run(words: Sequence[str]) -> int:
         if (value := getattr(args, name, minimum)) < minimum:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {value}; it must be {minimum} or more.")
-    print(args.run(args))
+    print(printable(args.run(args)))
     return 0
 
 
@@ -254,7 +255,8 @@ def _answers(
         engine.close()
     for lines in answers.values():
         if failed := [line for line in lines if line.get("error") and line["answer"] == ""]:
-            print(f"{len(failed)} of {len(lines)} questions have no answer ({failed[0]['error']})")
+            why = shorten(str(failed[0]["error"]))
+            print(f"{len(failed)} of {len(lines)} questions have no answer ({why})")
     return answers
 
 

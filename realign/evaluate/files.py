@@ -11,11 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from realign.data.errors import short_repr
+from realign.data.errors import short_repr, shorten
+from realign.files import read_limited
 
 Field = tuple[Callable[[Any], bool], str]
 """Predicate of valid values, and their description for the error."""
 
+_MOST = 1 << 30
+"""Limit on a file, in bytes. COCO's largest, instances_train2017.json, has half as many."""
 _MARKUP = set('{}[]":')  # not part of any object name
 
 
@@ -38,12 +41,13 @@ def read_text(file: str | Path) -> str:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: for a folder, an empty file, or one that is not UTF-8 text.
+        OSError: for a pipe or a device.
+        ValueError: for a folder, an empty or giant file, or one that is not UTF-8 text.
     """
     if Path(file).is_dir():
         raise ValueError(f"{file} is a folder. Name a file.")
     try:
-        text = Path(file).read_bytes().decode("utf-8-sig")
+        text = read_limited(file, _MOST).decode("utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}. Check the name.") from None
     except UnicodeDecodeError as error:
@@ -77,7 +81,8 @@ def read_rows(
         else:
             items = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is neither JSON nor JSON lines ({error}). {remedy}") from None
+        why = shorten(str(error))
+        raise ValueError(f"{file} is neither JSON nor JSON lines ({why}). {remedy}") from None
     for number, item in enumerate(items, 1):
         place = f"question {number} of {file}"
         if not isinstance(item, dict):
@@ -150,12 +155,11 @@ def read_synonyms(file: str | Path) -> list[list[str]]:
 def _coco(
     file: str | Path, schema: Mapping[str, Mapping[str, Callable[[Any], bool]]], remedy: str
 ) -> dict[str, list[dict[str, Any]]]:
+    text = read_text(file)
     try:
-        content = json.loads(read_text(file))
-    except RecursionError:
-        content = {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}). {remedy}") from None
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
+        raise ValueError(f"{file} is not JSON ({shorten(str(error))}). {remedy}") from None
     for name, fields in schema.items():
         items = content.get(name) if isinstance(content, dict) else None
         if not isinstance(items, list):

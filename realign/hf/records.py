@@ -46,7 +46,7 @@ def records_of(rows: Records) -> list[Record]:
             "datasets.Dataset.from_pandas(frame) or frame.to_dict('records') of a data frame, "
             "table.to_pylist() of an Arrow table."
         )
-    return records_in(((f"row {place}", row) for place, row in enumerate(listed)), "")
+    return records_in(((f"row {place}", row) for place, row in enumerate(listed)))
 
 
 def _listed(rows: Any) -> Iterator[Any]:

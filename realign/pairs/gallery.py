@@ -23,23 +23,40 @@ from PIL import Image
 from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import Entry, entry_of
 from realign.data.errors import Malformed
-from realign.data.images import ImageError, StoredImage
+from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.files import check_file
 from realign.pairs.io.images import load_image
-from realign.pairs.stats import FACTS, changed_words, collect, difference, image_digest, pair_rows
+from realign.pairs.stats import (
+    FACTS,
+    changed_words,
+    collect,
+    difference,
+    finite,
+    image_digest,
+    pair_rows,
+)
 
 _TEMPLATE = Path(__file__).with_name("gallery.html")
 _SMALL = 128  # pixels; images up to this size are not reduced, and are shown with sharp pixels
 
 
 def write_gallery(
-    pairs: str | Path, output: str | Path, *, most: int = 500, side: int = 320
+    pairs: str | Path,
+    output: str | Path,
+    *,
+    image_folder: str | Path | None = None,
+    most: int = 500,
+    side: int = 320,
 ) -> tuple[int, int]:
     """Write the gallery.
+
+    The page contains the images, so an image outside the folder is not read.
 
     Args:
         pairs: a Parquet file of preference pairs, or a folder of them.
         output: HTML file to write.
+        image_folder: folder that contains the images and that relative image paths start at. None
+            means the folder of the file.
         most: maximum number of pairs to show, sampled evenly over the file. 0 shows all.
         side: longer side of a thumbnail, in pixels.
 
@@ -58,10 +75,10 @@ def write_gallery(
     shown: Collection[int] = range(total)
     if most and most < total:
         shown = set(np.linspace(0, total - 1, most).round().astype(int).tolist())
-    album = _Album(side)
+    album = _Album(side, DataFolder.of_images(Path(pairs), image_folder))
     cards = [
-        _card(row, name, file.parent, album)
-        for number, (file, name, row) in enumerate(pair_rows(pairs))
+        _card(row, name, album)
+        for number, (_, name, row) in enumerate(pair_rows(pairs))
         if number in shown
     ]
     name = Path(pairs).name
@@ -78,8 +95,8 @@ def write_gallery(
     return len(cards), total
 
 
-def _card(row: dict | Malformed, place: str, folder: Path, album: _Album) -> dict[str, Any]:
-    """The data of a row for the page. Paths of images are relative to `folder`."""
+def _card(row: dict | Malformed, place: str, album: _Album) -> dict[str, Any]:
+    """The data of a row for the page."""
     try:
         if isinstance(row, Malformed):
             raise row
@@ -88,12 +105,12 @@ def _card(row: dict | Malformed, place: str, folder: Path, album: _Album) -> dic
         entry = Entry(None, [], f"({error})", None, [], [])
         row = {} if isinstance(row, Malformed) else row
     chosen, rejected = difference(entry.chosen or "", entry.rejected or "")
-    images = [album.place_of(image, folder) for image in entry.images]
-    retrieved = [album.place_of(image, folder) for image in entry.retrieved]
+    images = [album.place_of(image) for image in entry.images]
+    retrieved = [album.place_of(image) for image in entry.retrieved]
     verdicts, labels = _verdicts(row, same=bool(images) and images == retrieved)
     facts = [(key.replace("_", " "), str(row[key])) for key in FACTS if row.get(key) is not None]
-    negative = row.get("negative") or "retrieved"
-    similarity = _finite(row.get("similarity"))
+    negative = str(row.get("negative") or "retrieved")
+    similarity, rank = finite(row.get("similarity")), finite(row.get("neighbour_rank"))
     # The similarity is for the neighbour. With another negative, the neighbour is not shown.
     if negative != "retrieved" and similarity is not None:
         name = "similarity of the neighbour"
@@ -108,7 +125,7 @@ def _card(row: dict | Malformed, place: str, folder: Path, album: _Album) -> dic
         "retrieved": retrieved,
         "negative": negative,
         "similarity": similarity,
-        "rank": row.get("neighbour_rank"),
+        "rank": None if rank is None else int(rank),
         "verdicts": verdicts,
         "labels": labels,
         "facts": facts,
@@ -118,14 +135,14 @@ def _card(row: dict | Malformed, place: str, folder: Path, album: _Album) -> dic
 def _verdicts(row: dict, same: bool) -> tuple[list[dict], list[str]]:
     """Results of the filters, as (verdicts to show, labels for the page's filter)."""
     results: list[tuple[str, str, str, str | None]] = []  # name, value, tone, label
-    if (value := _finite(row.get("text_similarity"))) is not None:
+    if (value := finite(row.get("text_similarity"))) is not None:
         results.append(("text similarity", f"{value:.2f}", "", None))
-    if (value := _finite(row.get("visual_margin"))) is not None:
+    if (value := finite(row.get("visual_margin"))) is not None:
         tone = "good" if value > 0 else "bad"
         label = f"visual margin {'above' if value > 0 else 'not above'} 0"
         results.append(("visual margin", f"{value:+.2f}", tone, label))
     if row.get("judge"):
-        for subject, verdict in _judged(row["judge"]).items():
+        for subject, verdict in _judged(str(row["judge"])).items():
             tone = {"false": "good", "true": "bad"}.get(verdict, "")
             results.append((f"judge: {subject}", verdict, tone, f"judge: {subject} {verdict}"))
     if same:
@@ -138,7 +155,7 @@ def _judged(text: str) -> dict[str, str]:
     """Subject -> verdict of the judge: "true", "false" or "no verdict"."""
     try:
         verdicts = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         verdicts = text
     verdicts = verdicts if isinstance(verdicts, dict) else {"verdict": verdicts}
     words = {True: "true", False: "false", None: "no verdict"}
@@ -151,23 +168,24 @@ def _judged(text: str) -> dict[str, str]:
 class _Album:
     """Thumbnails as data URIs. Equal images share one."""
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, side: int, folder: DataFolder) -> None:
         self._side = side
+        self._folder = folder
         self._places: dict[bytes, int] = {}
         self.images: list[dict[str, Any]] = []
 
-    def place_of(self, image: StoredImage, folder: Path) -> int:
-        """The index of an image in `images`. Its path is relative to `folder`."""
-        key = image_digest(image, folder)
+    def place_of(self, image: StoredImage) -> int:
+        """The index of an image in `images`."""
+        key = image_digest(image, Path(self._folder.path))
         if key not in self._places:
             self._places[key] = len(self.images)
-            if image.data is None:
-                image = StoredImage(path=str(folder / (image.path or "")))
             self.images.append(self._thumbnail(image))
         return self._places[key]
 
     def _thumbnail(self, stored: StoredImage) -> dict[str, Any]:
         try:
+            if stored.data is None and stored.path is not None:
+                stored = StoredImage(path=self._folder.file(stored.path))
             image = load_image(stored)
         except ImageError as error:
             return {"problem": error.reason}
@@ -207,11 +225,6 @@ def _text(content: str | list[dict]) -> str:
     return " ".join(part["text"] if part["type"] == "text" else "[image]" for part in content)
 
 
-def _finite(value: Any) -> float | None:
-    """The number, or None if it is not finite, which JSON cannot represent."""
-    return float(value) if value is not None and np.isfinite(value) else None
-
-
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and writes the gallery. Returns an exit code."""
@@ -225,6 +238,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--output", default="gallery.html", metavar="FILE", help="HTML file to write."
+    )
+    parser.add_argument(
+        "--image-folder",
+        metavar="FOLDER",
+        help="Folder that contains the images and that their paths are relative to. Images outside "
+        "of it are not shown. Without it, the folder of PAIRS.",
     )
     parser.add_argument(
         "--most",
@@ -242,7 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     check_file("--output", args.output)
-    shown, total = write_gallery(args.pairs, args.output, most=args.most, side=args.side)
+    shown, total = write_gallery(
+        args.pairs,
+        args.output,
+        image_folder=args.image_folder,
+        most=args.most,
+        side=args.side,
+    )
     size = Path(args.output).stat().st_size / 1e6
     print(f"wrote {args.output}: {shown} of {total} pairs, {size:.1f} MB")
     return 0

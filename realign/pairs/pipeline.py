@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from realign.data.images import DataFolder
 from realign.data.records import write_pairs
 from realign.files import check_file, check_folder
 from realign.modeling.loading import load_processor
 from realign.pairs.config import PairsConfig
+from realign.pairs.io.images import ImagePaths
 from realign.pairs.io.shards import is_full
 from realign.pairs.negatives import DERIVED
 from realign.pairs.stages.answer import Answer
@@ -64,12 +66,14 @@ class PairsReport:
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> records without a pair
     seconds: float = 0.0
     bad: Counter[str] = field(default_factory=Counter)  # reason -> invalid records
+    note: str = ""  # `ImagePaths.note`
 
     def __str__(self) -> str:
         return (
             f"wrote {self.path}: {self.written} pairs in {self.seconds:.0f} s; "
             f"dropped {_counted(self.dropped)}"
             + (f"; invalid {_counted(self.bad)}" if self.bad else "")
+            + self.note
         )
 
 
@@ -88,14 +92,15 @@ def build_pairs(config: PairsConfig) -> PairsReport:
     check_folder("--work", config.work_folder)
     with sole_run(config.work_folder):
         outcome = _run(config, _ORDER)
-        assembler = Assembler(config, outcome.folders)
+        assembler, paths, note = Assembler(config, outcome.folders), ImagePaths(), ""
         pairs = assembler.pairs()
         first = next(pairs, None)
         if first is None:
             digits_only = config.data is not None and config.model is None
             raise ValueError(_no_pair(outcome) + f" Without --model, {_DIGITS}." * digits_only)
         try:
-            written = write_pairs(config.output, chain([first], pairs), typed=assembler.typed())
+            noted = paths.of(chain([first], pairs))
+            written = write_pairs(config.output, noted, typed=assembler.typed())
         except OSError as error:
             if not is_full(error):
                 raise
@@ -104,8 +109,11 @@ def build_pairs(config: PairsConfig) -> PairsReport:
                 "are kept. Free some space and run the same command again."
             ) from error
         note_run(config.work_folder, config.output, outcome)
+        if config.data is not None:
+            folder = DataFolder.of_images(Path(config.data), config.image_folder)
+            note = paths.note(config.output, folder)
     seconds = time.perf_counter() - began
-    return PairsReport(Path(config.output), written, outcome.dropped, seconds, outcome.bad)
+    return PairsReport(Path(config.output), written, outcome.dropped, seconds, outcome.bad, note)
 
 
 def run_stages(config: PairsConfig, last: str) -> Outcome:

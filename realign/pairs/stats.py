@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import entry_of
-from realign.data.errors import Malformed
+from realign.data.errors import Malformed, shorten
 from realign.data.images import StoredImage
 from realign.data.tables import rows_of
+from realign.files import read_json
 from realign.pairs.stages.runner import run_note
+from realign.terminal import printable
 
 FACTS = (
     "neighbour", "masked", "masker", "answer_model", "refill_model", "embed_model",
@@ -42,6 +43,8 @@ _DUPLICATES = (
 )  # fmt: skip
 _COLUMNS = (*FACTS, *_NUMBERS, "judge", "negative")  # in addition to the preference columns
 
+_SHOWN = 20
+"""Reasons in the output. The package has fewer, but a downloaded note may have any."""
 _COMPARED = 16_000_000
 """Limit on the product of both token counts. A comparison at the limit takes seconds."""
 
@@ -78,7 +81,8 @@ class PairStats:
             earlier = "" if "own" in name else " as an earlier one"
             lines.append(f"pairs with {name}{earlier}: {number:,}")
         for name, reasons in (("dropped", self.dropped), ("invalid", self.bad)):
-            counts = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+            shown = reasons.most_common(_SHOWN)
+            counts = ", ".join(f"{n:,} {shorten(reason)}" for reason, n in shown)
             lines.append(
                 f"records {name}: {reasons.total():,}" + (f" ({counts})" if counts else "")
             )
@@ -110,7 +114,7 @@ def collect(pairs: str | Path, *, work: str | Path | None = None) -> PairStats:
         if isinstance(row, Malformed):
             continue
         for column, name in _NUMBERS.items():
-            if (value := row.get(column)) is not None and np.isfinite(value):
+            if (value := finite(row.get(column))) is not None:
                 values[name].append(value)
         try:
             entry = entry_of(row)
@@ -202,6 +206,12 @@ def image_digest(image: StoredImage, folder: Path) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+def finite(value: Any) -> float | None:
+    """The number, or None if it is not a finite number."""
+    is_number = isinstance(value, int | float) and np.isfinite(value)
+    return float(value) if is_number else None
+
+
 def _left_out(work: Path, pairs: Path) -> tuple[Counter, Counter]:
     """(dropped, invalid) records by reason, from the note of the run that wrote the pairs.
 
@@ -211,11 +221,16 @@ def _left_out(work: Path, pairs: Path) -> tuple[Counter, Counter]:
     if (note_file := run_note(work, str(pairs))).exists():
         notes.append(note_file)
     if notes:
-        note = json.loads(notes[-1].read_text())
-        return Counter(note["dropped"]), Counter(note["bad"])
+        note = read_json(notes[-1])
+        counts = [note.get(key) for key in ("dropped", "bad")]
+        if not all(isinstance(c, dict) and {int} >= {*map(type, c.values())} for c in counts):
+            raise ValueError(f"{notes[-1]} is not a note of a run. Remove it.")
+        return Counter(counts[0]), Counter(counts[1])
     rejected_file = work / "rejected_records.parquet"  # `import` writes only this file
-    reasons = pq.read_table(rejected_file)["reason"].to_pylist() if rejected_file.exists() else []
-    return Counter(), Counter(reasons)
+    if not rejected_file.exists():
+        return Counter(), Counter()
+    rows = (row for _, row in rows_of([rejected_file], (), ("reason",)))
+    return Counter(), Counter(str(row.get("reason")) for row in rows if isinstance(row, dict))
 
 
 def _short(value: float) -> str:
@@ -240,5 +255,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "PAIRS.work beside PAIRS.parquet.",
     )
     args = parser.parse_args(arguments)
-    print(collect(args.pairs, work=args.work))
+    print(printable(collect(args.pairs, work=args.work)))
     return 0

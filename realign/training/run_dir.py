@@ -13,12 +13,12 @@ from typing import Any
 from realign import distributed
 from realign.config import RunConfig, TrainConfig
 from realign.digits import ASSETS
-from realign.files import check_file, check_folder, write_whole
+from realign.files import check_file, check_folder, open_lock, write_whole
 from realign.modeling import feature_cache, reference_logps
 from realign.modeling.merging import adapter_base
 from realign.training.checkpoint import Checkpoints
 
-_FREE = {"row_tokens", "micro_batch_size", "model", "pairs"}
+_FREE = {"row_tokens", "micro_batch_size", "model", "pairs", "image_folder"}
 """Settings that --resume may change: without effect beyond rounding, or paths with a digest."""
 
 
@@ -36,7 +36,7 @@ def sole_writer(output: Path) -> Iterator[None]:
 
         def lock() -> None:
             output.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((output / ".lock").open("w"))
+            file = stack.enter_context(open_lock(output / ".lock"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

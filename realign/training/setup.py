@@ -59,6 +59,7 @@ def load_inputs(
     train_vision: bool,
     max_response_tokens: int,
     progress: bool,
+    image_folder: str | None = None,
 ) -> Inputs:
     """Load a model and encode the pairs for it.
 
@@ -73,6 +74,7 @@ def load_inputs(
         train_vision: whether the vision tower is trained.
         max_response_tokens: maximum number of tokens in a response. A longer one is an error.
         progress: whether to show a progress bar.
+        image_folder: see `read_pairs`.
 
     Raises:
         ValueError: for an unusable model or record.
@@ -80,7 +82,7 @@ def load_inputs(
     if Path(base).is_dir():  # the adapter's configuration names its base by an absolute path
         base = Path(base).resolve()
     processor = load_processor(base)
-    records = read_pairs(pairs)
+    records = read_pairs(pairs, image_folder)
     objective = make_objective(loss, records)
     vlm = load_model(base, weights_dtype, attention, meta=meta)
     model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
@@ -112,6 +114,7 @@ def training_inputs(
         train_vision=config.model.train_vision,
         max_response_tokens=config.data.max_response_tokens,
         progress=progress,
+        image_folder=config.data.image_folder,
     )
 
 

@@ -17,10 +17,10 @@ from PIL import Image, ImageFile
 from stress_images import chunk, colours, encode, make_images, on_white, png
 
 import realign
-from realign.data.images import ImageError, StoredImage
+from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.data.records import RecordError
 from realign.hf.records import records_of
-from realign.pairs.io.images import inside, load_image, plain_image
+from realign.pairs.io.images import load_image, plain_image
 
 CASES = make_images()
 RED, GREEN, BLUE, WHITE = (200, 30, 40), (20, 160, 60), (10, 20, 220), (255, 255, 255)
@@ -346,9 +346,9 @@ def test_paths_stay_in_their_folder(tmp_path):
     (folder / "bad.png").symlink_to(tmp_path / "secret.png")
     there = str(folder.resolve() / "deep" / "a.png")
     for path in ("deep/a.png", "./deep/../deep/a.png", "good/a.png", there):
-        assert inside(folder, path) == there
-        assert inside(tmp_path / "alias", path) == there
-    assert inside(folder, "~/a.png") == str(folder.resolve() / "~" / "a.png")
+        assert DataFolder(folder).file(path) == there
+        assert DataFolder(tmp_path / "alias").file(path) == there
+    assert DataFolder(folder).file("~/a.png") == str(folder.resolve() / "~" / "a.png")
     for path in (
         "../secret.png",
         "deep/../../secret.png",
@@ -360,10 +360,10 @@ def test_paths_stay_in_their_folder(tmp_path):
         "..",
     ):
         with pytest.raises(ImageError) as error:
-            inside(folder, path)
+            DataFolder(folder).file(path)
         assert error.value.reason == "outside the folder" and repr(path) in str(error.value)
     with pytest.raises(ImageError, match="missing"):
-        inside(folder, "a\0.png")
+        DataFolder(folder).file("a\0.png")
 
 
 def test_images_are_opened_in_one_place():

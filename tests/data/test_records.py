@@ -137,7 +137,7 @@ def test_image_paths_are_relative_to_their_file(tmp_path, monkeypatch):
     # Pairs in another folder still find the images.
     write_pairs("runs/pairs.parquet", read_pairs("data/rows.parquet"))
     monkeypatch.chdir("/")
-    for record in read_pairs(tmp_path / "runs" / "pairs.parquet"):
+    for record in read_pairs(tmp_path / "runs" / "pairs.parquet", tmp_path / "data"):
         assert record.images[0].open(record.name).size == IMAGE.size
 
 

@@ -39,7 +39,7 @@ def _encode(record):
 
 def test_the_code_writes_records_that_can_be_trained_on(made):
     assert PAGE.count("```python") == len(BLOCKS) == 2
-    (by_hand,), (by_function,) = read_pairs("pairs.parquet"), read_pairs("more")
+    (by_hand,), (by_function,) = read_pairs("pairs.parquet"), read_pairs("more", ".")
     assert by_hand.prompt == by_function.prompt
     assert (by_hand.chosen, by_hand.rejected) == (by_function.chosen, by_function.rejected)
     assert by_hand.images[0].open("").size == (32, 32)  # found beside the file

@@ -161,7 +161,7 @@ class Stress:
         data, single = self._write(case)
         try:
             import_pairs(str(data), str(self.folder), str(output))
-            found = read_pairs(output)
+            found = read_pairs(output, self.folder)
         except ValueError:
             if not listed.exists():
                 raise

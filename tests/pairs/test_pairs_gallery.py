@@ -342,3 +342,22 @@ if BROWSER:  # defined only if there is a browser
         ]
         page.write_text(text.replace("</body>", f"<script>{DRIVER}</script></body>"))
         assert "data-seen" not in _dom(tmp_path, page)
+
+
+def test_columns_of_another_type_are_shown_as_text(tmp_path):
+    odd = {"similarity": "near", "neighbour_rank": [1], "negative": b"x", "visual_margin": "1"}
+    (pair,) = _page(tmp_path, _row(**odd, judge=7, masked=[1])).data["pairs"]
+    assert pair["similarity"] is None and pair["rank"] is None and pair["negative"] == "b'x'"
+
+
+def test_the_command_reads_images_of_the_named_folder(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(_png(7))
+    row = _row(images=[{"bytes": None, "path": "a.png"}])
+    file, page = str(_file(tmp_path / "out", row)), tmp_path / "gallery.html"
+    for flags, shown in ([], 1), (["--image-folder", str(tmp_path / "images")], 2):
+        assert main([file, "--output", str(page), *flags]) == 0
+        assert page.read_text().count("data:image/png;base64") == shown
+    assert main([file, "--output", str(page), "--image-folder", "none"]) == 1
+    assert "--image-folder none is not a folder" in capsys.readouterr().err

@@ -193,7 +193,7 @@ def test_pairs_of_the_authors_json_are_written(tmp_path, image_folder):
         "missing": 1,
         "too large": 1,
     }
-    good, ink = read_pairs(output)
+    good, ink = read_pairs(output, image_folder)
     assert good.images == (StoredImage(path=str(image_folder.resolve() / "a.jpg")),)
     assert good.retrieved_images == (StoredImage(path=str(image_folder.resolve() / "b.jpg")),)
     assert (good.name, good.chosen, good.rejected) == ("good", "A cat.", "A dog.")
@@ -227,5 +227,10 @@ def test_the_command(tmp_path, image_folder, capsys):
     out = capsys.readouterr().out
     assert out == f"wrote {output}: 1 pairs; left out: 1 duplicate, 1 malformed\n"
     assert [record.rejected for record in read_pairs(output)] == ["A dog."]
+    (tmp_path / "out").mkdir()
+    elsewhere = tmp_path / "out" / "pairs.parquet"
+    assert main([data, *folder, "--output", str(elsewhere)]) == 0
+    flag, named = capsys.readouterr().out.split()[-2:]
+    assert flag == "--image-folder" and len(read_pairs(elsewhere, named)) == 1
     assert main([str(tmp_path / "none.json")]) == 1
     assert capsys.readouterr().err.startswith("error: there is nothing at ")

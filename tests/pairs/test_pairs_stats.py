@@ -102,3 +102,40 @@ def test_the_command_with_the_records_that_were_left_out(pairs, capsys):
         ([str(pairs)], "there is no Parquet file at"),
     ):
         assert main(arguments) == 1 and problem in capsys.readouterr().err
+
+
+ESCAPE = "\x1b]0;title\x07"
+
+
+def test_a_downloaded_note_is_data(pairs, capsys):
+    note = pairs.with_suffix(".work") / "pairs.parquet.x.json"
+    note.parent.mkdir()
+    for content in ([], {"dropped": 3, "bad": {}}, {"dropped": {"a": "b"}, "bad": {}}, {}):
+        note.write_text(json.dumps(content))
+        assert main([str(pairs)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(note) in line
+    note.write_text(json.dumps({"dropped": {f"{ESCAPE}{i}": 1 for i in range(50)}, "bad": {}}))
+    assert main([str(pairs)]) == 0
+    out = capsys.readouterr().out
+    assert "records dropped: 50" in out and "\x1b" not in out and len(out) < 3000
+
+
+def test_a_downloaded_list_of_records_is_data(pairs, capsys):
+    work = pairs.with_suffix(".work")
+    work.mkdir()
+    pq.write_table(pa.table({"reason": [ESCAPE, "missing"]}), work / "rejected_records.parquet")
+    assert main([str(pairs)]) == 0
+    out = capsys.readouterr().out
+    assert "records invalid: 2" in out and "1 missing" in out and "\x1b" not in out
+    long = pa.array(["x" * (4 << 20)] * 100).dictionary_encode()
+    pq.write_table(pa.table({"reason": long}), work / "rejected_records.parquet")
+    assert main([str(pairs)]) == 1
+    assert "decodes to more than 16 times its size" in capsys.readouterr().err
+
+
+def test_columns_of_another_type_are_not_counted(tmp_path):
+    rows = [_row(0, "A dog.", similarity="near", neighbour_rank=[1], text_similarity=b"x")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    stats = collect(tmp_path / "pairs.parquet")
+    assert stats.pairs == 1 and not {"similarity", "rank", "text similarity"} & stats.values.keys()

@@ -9,7 +9,7 @@ recognize the items.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from realign.data.entries import Entry, entry_of, images_of, messages_of, name_of
-from realign.data.errors import Malformed, short_repr
+from realign.data.errors import Malformed, short_repr, shorten
+from realign.files import MOST_JSON, open_regular
 
 CAPTION_PROMPT = "Describe the image in one sentence."
 _PREFERENCES = ("chosen", "rejected", "rejected_response")
@@ -190,18 +191,27 @@ def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Malformed:
     content = dict(pairs)
     if len(content) == len(pairs):
         return content
-    names = [name for name, _ in pairs]
-    repeated = next(name for name in names if names.count(name) > 1)
+    repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
     return Malformed(f"it has the key {short_repr(repeated)} twice.", "Keep one of them.")
 
 
 def json_lines(file: Path) -> Iterator[Any]:
-    """Yields the objects of a JSON-lines file, and a `Malformed` for an invalid line."""
-    with file.open("rb") as lines:
-        for line in lines:
+    """Yields the objects of a JSON-lines file, and a `Malformed` for an invalid line.
+
+    Raises:
+        OSError: for a file that cannot be read, such as a pipe.
+    """
+    with open_regular(file) as lines:
+        while line := lines.readline(MOST_JSON):
+            if len(line) == MOST_JSON and not line.endswith(b"\n"):
+                while (rest := lines.readline(MOST_JSON)) and not rest.endswith(b"\n"):
+                    pass
+                yield Malformed(f"it is longer than {MOST_JSON:,} bytes.", "", "too long")
+                continue
             if not line.strip():
                 continue
             try:
                 yield json.loads(line, object_pairs_hook=json_object)
             except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, or too deep
-                yield Malformed(f"it is not JSON ({error}).", "Write one object per line.")
+                why = shorten(str(error))
+                yield Malformed(f"it is not JSON ({why}).", "Write one object per line.")

@@ -1,31 +1,35 @@
-"""Images of a data set: checks of their paths, decoding, and conversion to plain images."""
+"""Images of a data set: decoding, conversion to plain images, and a note about their folder."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
 
-from realign.data.images import MAX_PIXELS, ImageError, StoredImage
+from realign.data.images import MAX_PIXELS, DataFolder, ImageError, StoredImage
+from realign.data.records import Record
+
+__all__ = ["ImageError", "ImagePaths", "load_image", "plain_image"]
 
 
-def inside(folder: Path, path: str) -> str:
-    """The absolute path of a file in a data set, which must be in the image folder.
+class ImagePaths:
+    """Notes whether written records name image files outside the folder of the output."""
 
-    Symbolic links are resolved first. An absolute path is accepted if it is in the folder.
+    def __init__(self) -> None:
+        self._any = False
 
-    Raises:
-        ImageError: "outside the folder" for a file that is not in the folder.
-    """
-    root = os.path.realpath(folder)
-    try:
-        file = os.path.realpath(os.path.join(root, path))
-    except ValueError:  # a null byte
-        raise ImageError("missing", f"{path!r} is not a file name") from None
-    if os.path.commonpath([root, file]) != root:
-        raise ImageError("outside the folder", f"{path!r} is not in {root}")
-    return file
+    def of(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Yields the records."""
+        for record in records:
+            images = (*record.images, *record.retrieved_images)
+            self._any = self._any or any(image.data is None for image in images)
+            yield record
+
+    def note(self, output: str | Path, folder: DataFolder) -> str:
+        """The flag that other commands need to read the images, or "" if they need none."""
+        beside = Path(folder.path).is_relative_to(Path(output).resolve().parent)
+        return "" if beside or not self._any else f"; read it with --image-folder {folder.path}"
 
 
 def load_image(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -22,20 +22,22 @@ import pyarrow as pa
 
 from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import Entry, Names, name_of
-from realign.data.errors import Malformed, short_repr
-from realign.data.images import ImageError, StoredImage
+from realign.data.errors import Malformed, short_error, short_repr, shorten
+from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.data.messages import texts_of
 from realign.data.records import Record, has_parts, write_pairs
 from realign.data.tables import rows_of
-from realign.files import check_file
+from realign.files import check_file, read_json, read_limited
 from realign.pairs.io.formats import FORMATS, coco_items, format_of, json_lines, json_object
-from realign.pairs.io.images import inside, plain_image
+from realign.pairs.io.images import ImagePaths, plain_image
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import LEFT_OUT, write_table
 from realign.pairs.io.texts import placed, printable, problem_of
 
 _NEEDED = ("prompt", "images")
 """Columns that a table must have. The pipeline can write missing responses."""
+_MOST_JSON = 2 << 30
+"""Limit on a JSON file, in bytes: twice LLaVA's llava_v1_5_mix665k.json. JSON lines have none."""
 Items = Iterator[tuple[str, Any]]
 """Objects of a file, each with its place."""
 
@@ -70,10 +72,7 @@ def read_any(
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {data}. Pass an existing file or folder.")
     format, items = _open(path, format)
-    folder = Path(images) if images is not None else path if path.is_dir() else path.parent
-    if not folder.is_dir():
-        raise ValueError(f"--image-folder {images} is not a folder. Pass the folder of the images.")
-    return _read(items, format, folder)
+    return _read(items, format, DataFolder.of_images(path, images))
 
 
 def import_pairs(
@@ -97,6 +96,13 @@ def import_pairs(
     Raises:
         ValueError: when no pair is left, or when `read_any` raises it.
     """
+    return _import_pairs(data, images, output, format)[0]
+
+
+def _import_pairs(
+    data: str, images: str | None, output: str, format: str
+) -> tuple[dict[str, int], str]:
+    """The numbers of `import_pairs`, and the note of `ImagePaths`."""
     rejected = Path(output).with_suffix(".work") / "rejected_records.parquet"
     check_file("--output", output, device=False)
     check_file("--output", rejected)
@@ -118,14 +124,16 @@ def import_pairs(
             preferred = preferred or bool(entry.retrieved_chosen)
     records = pairs()
     first = next(records, None)
-    written = 0
+    written, paths = 0, ImagePaths()
     if first:
-        written = write_pairs(output, chain([first], records), typed=typed, preferred=preferred)
+        noted = paths.of(chain([first], records))
+        written = write_pairs(output, noted, typed=typed, preferred=preferred)
     write_table(rejected, pa.Table.from_pylist([vars(record) for record in invalid], LEFT_OUT))
     counts = Counter(record.reason for record in invalid)
     if not written:
         raise ValueError(f"{data} gave no pair ({dict(counts)}). {rejected} lists every record.")
-    return {"pairs": written, **dict(sorted(counts.items()))}
+    note = paths.note(output, DataFolder.of_images(Path(data), images))
+    return {"pairs": written, **dict(sorted(counts.items()))}, note
 
 
 def _plain(stored: StoredImage) -> StoredImage | ImageError:
@@ -170,11 +178,12 @@ def _open(path: Path, format: str) -> tuple[str, Items]:
         content: Any = json_lines(path)
     else:
         try:
-            with path.open("rb") as file:
-                content = json.load(file, object_pairs_hook=json_object)
+            text = read_limited(path, _MOST_JSON)
+            content = json.loads(text, object_pairs_hook=json_object)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} is not a JSON file ({error}). JSON lines need the suffix .jsonl."
+                f"{path} is not a JSON file ({shorten(str(error))}). JSON lines need the suffix "
+                ".jsonl."
             ) from error
     if isinstance(content, dict):
         if not isinstance(content.get("images"), list):
@@ -210,24 +219,30 @@ def _saved(folder: Path) -> list[Path]:
     """The Arrow files of a data set saved by `datasets`, from all splits."""
     try:
         if (folder / "dataset_dict.json").exists():
-            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-            return [file for split in splits for file in _saved(folder / split)]
-        if not (folder / "state.json").exists():
-            return []
-        data_files = json.loads((folder / "state.json").read_text())["_data_files"]
-        return [folder / entry["filename"] for entry in data_files]
+            splits = read_json(folder / "dataset_dict.json")["splits"]
+            folders = map(DataFolder(folder).file, splits)
+            return [file for split in folders for file in _split(Path(split))]
+        return _split(folder)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} is not a data set that `datasets` saved ({type(error).__name__}: {error}). "
+            f"{folder} is not a data set that `datasets` saved ({short_error(error)}). "
             "Save it again with save_to_disk."
         ) from error
+
+
+def _split(folder: Path) -> list[Path]:
+    """The Arrow files of one saved split."""
+    if not (folder / "state.json").exists():
+        return []
+    data_files = read_json(folder / "state.json")["_data_files"]
+    return [Path(DataFolder(folder).file(entry["filename"])) for entry in data_files]
 
 
 def _numbered(path: Path, items: Iterator[Any]) -> Items:
     return ((f"{path.name}:{i}", item) for i, item in enumerate(items))
 
 
-def _read(items: Items, format: str, folder: Path) -> Iterator[Record | InvalidRecord]:
+def _read(items: Items, format: str, folder: DataFolder) -> Iterator[Record | InvalidRecord]:
     names = Names()
     digests: dict[bytes, str] = {}  # digest of a record -> its name
     for place, item in items:
@@ -256,7 +271,7 @@ def _read(items: Items, format: str, folder: Path) -> Iterator[Record | InvalidR
             yield record
 
 
-def _record(name: str, entry: Entry, folder: Path) -> Record | InvalidRecord:
+def _record(name: str, entry: Entry, folder: DataFolder) -> Record | InvalidRecord:
     if not entry.images:
         return InvalidRecord(name, "read", "no image", "it names no image")
     try:
@@ -286,17 +301,17 @@ def _record(name: str, entry: Entry, folder: Path) -> Record | InvalidRecord:
     )
 
 
-def _located(image: StoredImage, folder: Path) -> StoredImage:
+def _located(image: StoredImage, folder: DataFolder) -> StoredImage:
     """The image with the absolute path of its file, which must be in the folder."""
     if image.path is None or image.data is not None:
         return image
-    file = inside(folder, image.path)
+    file = folder.file(image.path)
     if not os.path.isfile(file):
         # LLaVA uses the file names of COCO 2017. In COCO 2014, they begin with the split.
-        name = f"COCO_{folder.name}_{Path(image.path).name}"
-        file = inside(folder, str(Path(image.path).parent / name))
+        name = f"COCO_{Path(folder.path).name}_{Path(image.path).name}"
+        file = folder.file(str(Path(image.path).parent / name))
     if not os.path.isfile(file):
-        raise ImageError("missing", f"{short_repr(image.path)} is not in {folder}")
+        raise ImageError("missing", f"{short_repr(image.path)} is not in {folder.path}")
     if printable(file) != file:
         raise ImageError("malformed", f"the name of the file {short_repr(image.path)} is not UTF-8")
     return StoredImage(path=file)
@@ -337,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="Format of DATA. auto detects it.",
     )
     args = parser.parse_args(arguments)
-    counts = import_pairs(args.data, args.image_folder, args.output, format=args.format)
+    counts, note = _import_pairs(args.data, args.image_folder, args.output, args.format)
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "pairs")
-    print(f"wrote {args.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}")
+    print(f"wrote {args.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}{note}")
     return 0

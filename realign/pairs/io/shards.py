@@ -14,20 +14,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import os
 import re
-import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from realign.data.errors import shorten
+from realign.files import open_regular, replacing
 from realign.pairs.io.rows import FilteredRecord, InvalidRecord, Row
 
 LEFT_OUT = pa.schema([(n, pa.string()) for n in ("record", "stage", "reason", "detail")])
@@ -143,14 +143,14 @@ class RowLookup:
 
     def _read_places(self, shard: int) -> tuple[list[int], dict[str, int]]:
         """Index of the first row of each row group in a shard, and id -> row index."""
-        with pq.ParquetFile(self._shards.file(shard)) as file:
+        with parquet_file(self._shards.file(shard)) as file:
             counts = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
             ids = file.read(columns=["id"])["id"].to_pylist()
         starts = np.cumsum([0, *counts[:-1]]).tolist()
         return starts, {name: place for place, name in enumerate(ids)}
 
     def _read_group(self, shard: int, group: int) -> list[Row]:
-        with pq.ParquetFile(self._shards.file(shard)) as file:
+        with parquet_file(self._shards.file(shard)) as file:
             return file.read_row_group(group, columns=["id", "images"]).to_pylist()
 
 
@@ -170,20 +170,43 @@ def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
         ValueError: when the file is damaged.
     """
     try:
-        return pq.read_table(file, columns=columns)
+        with open_regular(file):  # Arrow would wait for a pipe
+            return pq.read_table(file, columns=columns)
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
-            f"{file} is damaged ({error}). Remove it and run the same command again, which writes "
-            "a new file."
+            f"{file} is damaged ({shorten(str(error))}). Remove it and run the same command "
+            "again, which writes a new file."
+        ) from error
+
+
+def parquet_file(file: Path) -> pq.ParquetFile:
+    """Open a Parquet file of the work folder, which may not be a pipe or a device."""
+    with open_regular(file):
+        return pq.ParquetFile(file)
+
+
+def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Read an array that `save_array` wrote.
+
+    Raises:
+        ValueError: when the file is damaged.
+    """
+    try:
+        with open_regular(file):
+            return np.load(file, mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"{file} is damaged ({shorten(str(error))}). Remove it and run the same command again."
         ) from error
 
 
 def footer(file: Path) -> dict[bytes, bytes]:
     """Metadata in the footer of a Parquet file, or {} if the file is damaged or absent."""
     try:
-        return pq.read_metadata(file).metadata or {}
+        with open_regular(file):
+            return pq.read_metadata(file).metadata or {}
     except (pa.ArrowInvalid, FileNotFoundError):
         return {}
 
@@ -212,17 +235,9 @@ def save_array(path: Path, shape: tuple[int, ...], dtype: type, parts: Iterable[
 def write_bytes(path: Path, data: bytes | pa.Buffer, more: Iterable[Any] = ()) -> None:
     """Write `data`, then `more`, to a file atomically, and sync it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # processes may race
-    try:
-        with partial.open("wb") as file:
-            for part in chain([data], more):
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path, sync=True) as file:
+        for part in chain([data], more):
+            file.write(part)
 
 
 def is_full(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from realign.files import open_regular
 from realign.pairs.retrieval.phash import HASH_DISTANCE, first_of_image, hamming
 
 KINDS = ("auto", "exact", "ivf", "hnsw")
@@ -102,14 +103,18 @@ class Index:
     def load(self, path: str | Path, vectors: np.ndarray) -> Index:
         """Load the index that `save` wrote for these vectors.
 
+        FAISS does not check the content, so nobody else may write to the folder of the file.
+
         Raises:
+            OSError: when the file is not a regular file.
             ValueError: when the number or size of the vectors in the file differs.
         """
         self._hold(vectors)
         if self.used != "exact":
             import faiss
 
-            self._faiss = faiss.read_index(str(path))
+            with open_regular(path):  # FAISS would wait for a pipe
+                self._faiss = faiss.read_index(str(path))
             shape = (self._faiss.ntotal, self._faiss.d)
             if shape != vectors.shape:
                 raise ValueError(

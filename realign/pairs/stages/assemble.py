@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from realign.data.records import PROVENANCE, Record, StoredImage, has_parts
 from realign.pairs.config import PairsConfig
 from realign.pairs.io.images import ImageError, load_image, plain_image
 from realign.pairs.io.rows import Row, by_id, images_of, load_in_threads, record_of
-from realign.pairs.io.shards import RowLookup, Shards
+from realign.pairs.io.shards import RowLookup, Shards, read_array, read_table
 from realign.pairs.masking.mask import Masked
 from realign.pairs.negatives import DERIVED, visual_negative
 from realign.pairs.stages.base import IMAGES, Result, Stage, rng_of
@@ -81,8 +80,8 @@ class Assembler:
         self._config = config
         self._folders = folders
         self._lookup = RowLookup(folders["read"])
-        self._all = pq.read_table(folders["retrieve"] / "rows.parquet")
-        self._hashes = np.load(folders["retrieve"] / "hashes.npy")
+        self._all = read_table(folders["retrieve"] / "rows.parquet")
+        self._hashes = read_array(folders["retrieve"] / "hashes.npy")
         self._places = lru_cache(1)(self._places_of)
         # Ids of records with an image that other readers decode to different pixels; usually few.
         not_plain = [i for i, plain in enumerate(self._all["plain"].to_pylist()) if not all(plain)]

@@ -11,14 +11,13 @@ from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from realign.data.records import Record, StoredImage
 from realign.digits.scenes import CAPTION_PROMPT, make_scenes
 from realign.pairs.config import PairsConfig
 from realign.pairs.io.importers import read_any
 from realign.pairs.io.rows import InvalidRecord, Row, files_digest
-from realign.pairs.io.shards import Shards
+from realign.pairs.io.shards import Shards, parquet_file
 from realign.pairs.stages.base import IMAGES, Stage
 
 _PATHS = "images.list.element.path"  # name of the nested column in Parquet
@@ -100,7 +99,7 @@ class Read(Stage):
         reasons = {entry.reason for entry in shards.left_out_of(number, "bad")}
         if not shards.rows_digest(number) or reasons & {"missing", "outside the folder"}:
             return True
-        with pq.ParquetFile(shards.file(number)) as file:
+        with parquet_file(shards.file(number)) as file:
             columns = file.read([_PATHS, "stamps"])
         return any(
             stamp is not None and stamp != _stamp(image["path"])

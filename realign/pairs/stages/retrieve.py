@@ -9,10 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from realign.files import replacing
 from realign.pairs.io.rows import Row
-from realign.pairs.io.shards import INPUTS_KEY, Shards, digest_of, footer, save_array, write_table
+from realign.pairs.io.shards import (
+    INPUTS_KEY,
+    Shards,
+    digest_of,
+    footer,
+    read_array,
+    read_table,
+    save_array,
+    write_table,
+)
 from realign.pairs.retrieval.index import Index, neighbours
 from realign.pairs.stages.base import Result, Stage
 
@@ -87,23 +96,24 @@ class Retrieve(Stage):
         """Builds the indices of approximate search once. Every process loads them."""
         for group in self._groups(rows):
             path = self._index_file(group)
-            partial = path.with_name(f".{path.name}.partial")
+            index = Index(self.config.index).build(group.vectors)
+            if index.used == "exact":  # it has nothing to save
+                continue
             try:
-                Index(self.config.index).build(group.vectors).save(partial)
+                with replacing(path) as file:
+                    index.save(file.name)
             except RuntimeError as error:  # from FAISS
                 if "No space left" in str(error):
                     raise OSError(errno.ENOSPC, str(error)) from error
                 raise
-            if partial.exists():  # exact search has nothing to save
-                partial.replace(path)
 
     def _index_file(self, group: _Group) -> Path:
         return self.folder / f"index-{group.images}.faiss"
 
     def _groups(self, rows: pa.Table) -> list[_Group]:
         """Groups the rows by the number of images of their records."""
-        vectors = np.load(self.folder / "vectors.npy", mmap_mode="r")
-        hashes = np.load(self.folder / "hashes.npy")
+        vectors = read_array(self.folder / "vectors.npy", "r")
+        hashes = read_array(self.folder / "hashes.npy")
         counts = np.array([len(images) for images in rows["plain"].to_pylist()])
         kinds = np.unique(counts).tolist()
         if len(kinds) == 1:
@@ -113,7 +123,7 @@ class Retrieve(Stage):
 
     def open(self) -> None:
         """Maps the vectors and loads the indices."""
-        rows = pq.read_table(self.folder / "rows.parquet")
+        rows = read_table(self.folder / "rows.parquet")
         self._ids, self._shards = rows["id"], rows["shard"].to_numpy()
         self._indices = [
             (group, Index(self.config.index).load(self._index_file(group), group.vectors))

@@ -16,7 +16,9 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
+from realign.data.errors import short_repr, shorten
 from realign.data.records import Record
+from realign.files import open_lock, read_json
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import LEFT_OUT, Shards, digest_of, is_full, write_bytes, write_table
 from realign.pairs.stages import on_ray
@@ -113,7 +115,7 @@ class Runner:
         shards, file = Shards(stage.folder, stage.schema), stage.folder / "read.json"
         current, counts = set(shards.done()) - stage.changed(), {}
         with suppress(FileNotFoundError, ValueError):  # ValueError: the file is incomplete
-            counts = json.loads(file.read_text())
+            counts = read_json(file)
         began, records = time.perf_counter(), 0
         if counts.get("shards") != len(current):
             skip = next(number for number in count() if number not in current)
@@ -218,12 +220,12 @@ class Runner:
         reasons = Counter((entry.stage, entry.reason) for entry in entries).most_common(5)
         shown = ", ".join(f"{name}: {number} {reason}" for (name, reason), number in reasons)
         example = next(e for e in entries if (e.stage, e.reason) == reasons[0][0])
-        detail = f": {example.detail.rstrip('.')}" if example.detail else ""
+        detail = f": {shorten(example.detail).rstrip('.')}" if example.detail else ""
         raise RunError(
             f"{len(entries)} of {counted(self.outcome.records, 'records')} cannot be used, more "
             f"than --max-bad {self.max_bad:g} allows ({shown}). For example, record "
-            f"{example.record!r}{detail}. The full list is in {self.rejected}. Fix the data or the "
-            "engine, or raise --max-bad, and run again."
+            f"{short_repr(example.record)}{detail}. The full list is in {self.rejected}. Fix the "
+            "data or the engine, or raise --max-bad, and run again."
         )
 
     def _list_invalid(self) -> None:
@@ -275,7 +277,7 @@ def sole_run(work: Path) -> Iterator[None]:
         ValueError: when another run holds the lock.
     """
     work.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("w") as file:
+    with open_lock(work / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
