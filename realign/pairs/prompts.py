@@ -142,7 +142,7 @@ def judge_chat(
 def parse_answer(reply: Reply | str) -> str:
     """The response in a reply to `answer_chat`, without the model's thoughts; "" if there is none.
 
-    A long reply gives "", too. A truncated reply gives "", because half a sentence is not a preferred response.
+    A truncated reply gives "", because half a sentence is not a preferred response.
     """
     return "" if isinstance(reply, Reply) and reply.cut else _text(reply)
 

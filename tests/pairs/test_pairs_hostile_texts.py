@@ -1,8 +1,10 @@
 """Time of every function that reads replies of servers and texts of data sets, on hostile texts.
 
-The time of twice the text must be less than three times the time.
+Eight times the text may take 20 times the time. A quadratic function takes 64 times the time.
 """
 
+import contextlib
+import gc
 import time
 
 import numpy as np
@@ -20,13 +22,6 @@ from realign.pairs.io.words import LONGEST, words_of
 from realign.pairs.masking.mask import CATEGORIES, Masked, mask_response, masked_from
 from realign.pairs.stats import changed_words, difference
 
-UNITS = (
-    " ", "\n", "`", "[", "(", "'", "\"", ",'", ",\"a", "<", "<answer>", "</think>", "[MASK]",
-    "a ", "a\n", "a-", "1.", "1,1 ", "red ", "the a ", "no. ", "\u0301\u0316", "\uff9e\u0300",
-    "\ufdfa", "\u4e00", "{\"a\":", "\ud800", "\x1b[", "<img>a", "<|image_pad|>", "a'b",
-    "answer is yes ", "ab cd ", "<answer2> ",
-)  # fmt: skip
-FRAMES = (("", ""), ("```", "x"), ("<answer>", "x"), ("[", "a"), ("<|vision_start|>", "1a"))
 VOCABULARY = Vocabulary()
 GAP = Masked(("a ", " ", " a"), ("b", "c"))
 
@@ -38,52 +33,135 @@ def gaps_of(text):
 
 
 def row_of(text):
-    try:
-        entry_of({"prompt": [{"role": "user", "content": text}] * 2, "chosen": text, "rejected": "a"})
-    except Malformed:
-        pass
+    prompt = [{"role": "user", "content": text}] * 2
+    with contextlib.suppress(Malformed):
+        entry_of({"prompt": prompt, "chosen": text, "rejected": "a"})
 
 
-CALLS = {
-    "parse_answer": prompts.parse_answer,
-    "parse_segments": prompts.parse_segments,
-    "parse_completion": lambda text: prompts.parse_completion(text, GAP),
-    "parse_verdict": prompts.parse_verdict,
-    "keeps_pieces": lambda text: prompts.keeps_pieces(gaps_of(text), f"{text} {text}"),
-    "mask_chat": prompts.mask_chat,
-    "complete_chat": lambda text: prompts.complete_chat(text, Masked((text, ""), ("a",)), []),
-    "mask_response": lambda text: mask_response(text, CATEGORIES, 0, np.random.default_rng(0)),
-    "masked_from": lambda text: masked_from(text, [text[:i] for i in range(1, 200)]),
-    "masked_from words": lambda text: masked_from(text, text.split(" ")),
-    "words_of": words_of,
-    "reason_to_drop": lambda text: reason_to_drop(text, f"{text[::2]} x", 0.9),
-    "difference": lambda text: changed_words(difference(text, f"x {text[::2]}")[0]),
-    "problem_of": problem_of,
-    "split_at_tags": split_at_tags,
-    "entry_of": row_of,
-    "objects": VOCABULARY.objects,
-    "yes or no": lambda text: [rule(text) for rule in RULES.values()],
-}
+def parsed(text):
+    prompts.parse_answer(text)
+    prompts.parse_segments(text)
+    prompts.parse_completion(text, GAP)
+    prompts.parse_verdict(text)
+
+
+def kept(text):
+    prompts.keeps_pieces(gaps_of(text), text)
+
+
+def sent(text):
+    prompts.mask_chat(text)
+    prompts.complete_chat(text, Masked((text, ""), ("a",)), [])
+
+
+def masked_by_rules(text):
+    mask_response(text, CATEGORIES, 0, np.random.default_rng(0))
+
+
+def masked_by_a_model(text):
+    masked_from(text, [*text.split(" "), *(text[:i] for i in range(1, 100))])
+
+
+def compared(text):
+    reason_to_drop(text, f"{text[::2]} x", 0.9)
+    changed_words(difference(text, f"x {text[::2]}")[0])
+
+
+def scored(text):
+    VOCABULARY.objects(text)
+    for rule in RULES.values():
+        rule(text)
+
+
+def checked(text):
+    problem_of(text)
+    split_at_tags(text)
+    row_of(text)
+
+
+MANY = 96_000  # characters of a text without a limit
+CASES = [  # function, size, and texts that are repeated up to that size
+    *(
+        (parsed, LONGEST - 100, start, unit)
+        for start in ("", "```", "<answer>", "[", "<think>", "{")
+        for unit in (
+            " ", "\n", "`", "[", "{", "(", "'", ",'", ',"a', ",'a'", "<", "<answer>", "</think>",
+            '{"a":', "-", "1", "\u0301\u0316", "answer is yes ", "\ud800", "\x1b[", "\u4e00",
+        )
+    ),
+    *((kept, 12_000, "", unit) for unit in ("a ", "a b ", "\u4e00 ", "1 2 ", "\ufdfa ", " -")),
+    *((sent, MANY, "", unit) for unit in ("<", "<image>", "<|image_pad|>", "<img>a", "answer2>")),
+    *(
+        (masked_by_rules, MANY // 2, "", unit)
+        for unit in ("red ", "the red ", "1.", "1.1a", "a-", "black and ", "running ", "a's", "\n")
+    ),
+    *(
+        (masked_by_a_model, LONGEST - 100, "", unit)
+        for unit in ("a ", "A ", "aa", "a'b", "ab cd ", "\u4e00", " \n", "[MASK]")
+    ),
+    *(
+        (compared, MANY // 2, "", unit)
+        for unit in ("a ", "a b c ", "a'b", "\u4e00", "\u0301\u0316", "\uff9e\u0300", "\ufdfa")
+    ),
+    *(
+        (checked, MANY, "", unit)
+        for unit in ("<", "<a", "<image", "<img>a", "<|image_pad|>", "(", " ", "[ ", "<|", "\ud800")
+    ),
+    *((checked, MANY, start, "<|image_pad|>") for start in ("<|vision_start|>",)),
+    *((checked, MANY, start, "<IMG_CONTEXT>") for start in ("<img>",)),
+    *((scored, MANY, "", unit) for unit in ("a'", "a-", "toilet ", ", ", "1,1 ", "no. ", "'s ")),
+]  # fmt: skip
 
 
 def seconds(call, text):
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        call(text)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    start = time.process_time()  # other programs do not count
+    call(text)
+    return time.process_time() - start
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_the_time_of_a_hostile_text_is_linear(name):
-    call = CALLS[name]
-    for unit in UNITS:
-        for before, after in FRAMES:
-            size, earlier = 2500, 0.0
-            while size <= 40_000:
-                taken = seconds(call, before + unit * (size // len(unit)) + after)
-                assert taken < 0.05 or not earlier or taken < 3 * earlier, (unit, before, size)
-                if taken > 0.2:
-                    break
-                size, earlier = 2 * size, taken
+@pytest.mark.parametrize("call", dict.fromkeys(case[0] for case in CASES))
+def test_the_time_of_a_hostile_text_is_linear(call):
+    gc.disable()
+    try:
+        for function, size, start, unit in CASES:
+            if function is not call:
+                continue
+            short, long = (start + unit * (n // len(unit)) + "x" for n in (size // 8, size))
+            limit = 20 * max(seconds(call, short), 0.01)
+            if (taken := seconds(call, long)) >= limit:  # once more, against noise
+                taken = min(taken, seconds(call, long))
+            assert taken < limit, (start, unit)
+    finally:
+        gc.enable()
+
+
+def test_a_numbered_tag_takes_linear_time():
+    text = " ".join(f"<response{number or ''}>" for number in range(30_000))
+    start = time.process_time()
+    (sent,) = prompts.mask_chat(text).messages
+    assert "<response30000>\n" in sent["content"] and time.process_time() - start < 1
+
+
+def test_long_replies_are_refused_and_not_cut():
+    text = "a dog " * (LONGEST // 6 + 1)
+    assert prompts.parse_answer(text) == ""
+    assert prompts.parse_segments(f'["{text}"]') == []
+    assert prompts.parse_completion(text, GAP) is None
+    assert prompts.parse_verdict("no " + text) is None
+    assert masked_from(text, ["dog"]) is None
+    assert prompts.parse_answer(f"<think>{text * 9}</think>a dog") == "a dog"
+    for reply in (" " * 2**24, "<think>" + "\n" * 2**24, "[" * 2**24, "```" + "\n" * 2**24 + "x"):
+        assert seconds(parsed, reply) < 1
+
+
+def test_deeply_nested_segments_are_read():
+    for depth in (300, 900, 9000):
+        nested = "[" * depth + '"a dog"' + "]" * depth
+        assert prompts.parse_segments(nested) in (["a dog"], [])
+
+
+def test_long_rows_of_accents_are_one_word():
+    accents = "\u0301\u0316" * 100
+    (word,) = words_of("e" + accents)
+    assert len(word) > 200 and word[0] == "\u00e9" and words_of("e\u0301 a") == ["\u00e9", "a"]
+    assert words_of("\uff76\uff9e") == ["\u30ac"]

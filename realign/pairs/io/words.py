@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -53,23 +54,24 @@ class Matcher(difflib.SequenceMatcher):
 
     def __init__(self, a: Sequence[str], b: Sequence[str]) -> None:
         super().__init__(None, a, b, autojunk=False)
-        costs = (1 + len(self.b2j.get(word, ())) for word in a)
-        self._costs = [0, *accumulate(costs)]
+        self._a, self._b = a, b
+        count = Counter(b)
+        self._costs = [0, *accumulate(1 + count[word] for word in a)]
         self._steps = _STEPS
 
     def find_longest_match(
         self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
     ) -> difflib.Match:
         """The longest match in both ranges, or a match at an end of the ranges."""
-        ahi = len(self.a) if ahi is None else ahi
-        bhi = len(self.b) if bhi is None else bhi
+        ahi = len(self._a) if ahi is None else ahi
+        bhi = len(self._b) if bhi is None else bhi
         self._steps -= self._costs[ahi] - self._costs[alo]
         if self._steps >= 0:
             return super().find_longest_match(alo, ahi, blo, bhi)
         longest = min(ahi - alo, bhi - blo)
-        size = next((i for i in range(longest) if self.a[alo + i] != self.b[blo + i]), longest)
+        size = next((i for i in range(longest) if self._a[alo + i] != self._b[blo + i]), longest)
         if size:
             return difflib.Match(alo, blo, size)
         ends = range(1, longest + 1)
-        size = next((i - 1 for i in ends if self.a[ahi - i] != self.b[bhi - i]), longest)
+        size = next((i - 1 for i in ends if self._a[ahi - i] != self._b[bhi - i]), longest)
         return difflib.Match(ahi - size, bhi - size, size)
