@@ -93,7 +93,7 @@ CASES = [  # function, size, and texts that are repeated up to that size
     *((sent, MANY, "", unit) for unit in ("<", "<image>", "<|image_pad|>", "<img>a", "answer2>")),
     *(
         (masked_by_rules, MANY // 2, "", unit)
-        for unit in ("red ", "the red ", "1.", "1.1a", "a-", "black and ", "running ", "a's", "\n")
+        for unit in ("red ", "the red ", "1.", ".1", "a-", "black and ", "running ", "a's", "\n")
     ),
     *(
         (masked_by_a_model, LONGEST - 100, "", unit)
@@ -149,6 +149,8 @@ def test_long_replies_are_refused_and_not_cut():
     assert prompts.parse_completion(text, GAP) is None
     assert prompts.parse_verdict("no " + text) is None
     assert masked_from(text, ["dog"]) is None
+    # NFKC makes four words of this character.
+    assert not prompts.keeps_pieces(Masked(("", ""), ("a " * LONGEST,)), "\ufdfa" * (LONGEST // 2))
     assert prompts.parse_answer(f"<think>{text * 9}</think>a dog") == "a dog"
     for reply in (" " * 2**24, "<think>" + "\n" * 2**24, "[" * 2**24, "```" + "\n" * 2**24 + "x"):
         assert seconds(parsed, reply) < 1

@@ -13,9 +13,12 @@ LONGEST = 20_000
 """Limit on a reply and on a text that a model masks, in characters. Responses have up to 10,000."""
 
 _SPACELESS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # kana, Han
-_MARKS = 30  # accents in a row, the limit of Unicode's stream-safe texts (UAX 15)
-_JOINER = "\u034f"  # the mark with which UAX 15 splits longer rows
-_STEPS = 1_000_000  # of a comparison, about 0.1 s
+_MARKS = 30
+"""Accents in a row, the limit of Unicode's stream-safe texts (UAX 15)."""
+_JOINER = "\u034f"
+"""The mark with which UAX 15 splits longer rows."""
+_STEPS = 1_000_000
+"""Steps of a comparison, which take about 0.1 s."""
 
 
 def words_of(text: str) -> list[str]:
@@ -60,18 +63,22 @@ class Matcher(difflib.SequenceMatcher):
         self._steps = _STEPS
 
     def find_longest_match(
-        self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
+        self,
+        alo: int = 0,  # codespell:ignore
+        ahi: int | None = None,
+        blo: int = 0,
+        bhi: int | None = None,
     ) -> difflib.Match:
         """The longest match in both ranges, or a match at an end of the ranges."""
-        ahi = len(self._a) if ahi is None else ahi
-        bhi = len(self._b) if bhi is None else bhi
-        self._steps -= self._costs[ahi] - self._costs[alo]
+        a = alo, len(self._a) if ahi is None else ahi  # codespell:ignore
+        b = blo, len(self._b) if bhi is None else bhi
+        self._steps -= self._costs[a[1]] - self._costs[a[0]]
         if self._steps >= 0:
-            return super().find_longest_match(alo, ahi, blo, bhi)
-        longest = min(ahi - alo, bhi - blo)
-        size = next((i for i in range(longest) if self._a[alo + i] != self._b[blo + i]), longest)
+            return super().find_longest_match(*a, *b)
+        longest = min(a[1] - a[0], b[1] - b[0])
+        starts, ends = range(longest), range(1, longest + 1)
+        size = next((i for i in starts if self._a[a[0] + i] != self._b[b[0] + i]), longest)
         if size:
-            return difflib.Match(alo, blo, size)
-        ends = range(1, longest + 1)
-        size = next((i - 1 for i in ends if self._a[ahi - i] != self._b[bhi - i]), longest)
-        return difflib.Match(ahi - size, bhi - size, size)
+            return difflib.Match(a[0], b[0], size)
+        size = next((i - 1 for i in ends if self._a[a[1] - i] != self._b[b[1] - i]), longest)
+        return difflib.Match(a[1] - size, b[1] - size, size)
