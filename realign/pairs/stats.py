@@ -6,13 +6,13 @@ invalid records by reason. The gallery shows the same statistics above its pairs
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from realign.data.errors import Malformed, shorten
 from realign.data.images import StoredImage
 from realign.data.tables import rows_of
 from realign.files import read_json
+from realign.pairs.io.words import Matcher
 from realign.pairs.stages.runner import run_note
 from realign.terminal import printable
 
@@ -45,8 +46,6 @@ _COLUMNS = (*FACTS, *_NUMBERS, "judge", "negative")  # in addition to the prefer
 
 _SHOWN = 20
 """Reasons in the output. The package has fewer, but a downloaded note may have any."""
-_COMPARED = 16_000_000
-"""Limit on the product of both token counts. A comparison at the limit takes seconds."""
 
 _TOKENS = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+|\s+|.", re.DOTALL)
 """A letter of a script without spaces, a word, white space, or any other character."""
@@ -162,17 +161,17 @@ def difference(chosen: str, rejected: str) -> tuple[Segments, Segments]:
     """Splits both responses into segments, and marks the segments that differ.
 
     The joined segments are the complete responses. Adjacent changed words form one segment.
-    Responses of several thousand words are not compared, and all of their words count as changed.
+    The time is bounded. In long texts of repeated words, more words count as changed (`Matcher`).
     """
-    a, b = _TOKENS.findall(chosen), _TOKENS.findall(rejected)
-    if len(a) * len(b) > _COMPARED:
-        return [(chosen, True)], [(rejected, True)]
-    sides: tuple[list, list] = ([], [])
-    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
-    for kind, *edges in matcher.get_opcodes():
-        for side, tokens, start, stop in zip(sides, (a, b), edges[::2], edges[1::2], strict=True):
-            side += [(token, kind != "equal") for token in tokens[start:stop]]
-    return _joined(sides[0]), _joined(sides[1])
+    sides = [_TOKENS.findall(text) for text in (chosen, rejected)]
+    flags = [[not token.isspace() for token in tokens] for tokens in sides]
+    words = [[i for i, is_word in enumerate(side) if is_word] for side in flags]
+    matcher = Matcher(*([t[i] for i in places] for t, places in zip(sides, words, strict=True)))
+    for *starts, size in matcher.get_matching_blocks():
+        for side, places, start in zip(flags, words, starts, strict=True):
+            for i in places[start : start + size]:
+                side[i] = False
+    return _joined(sides[0], flags[0]), _joined(sides[1], flags[1])
 
 
 def count_words(text: str) -> int:
@@ -185,19 +184,13 @@ def changed_words(segments: Segments) -> int:
     return sum(count_words(text) for text, changed in segments if changed)
 
 
-def _joined(tokens: Segments) -> Segments:
+def _joined(tokens: list[str], flags: list[bool]) -> Segments:
     """Joins tokens into segments. White space counts as changed only between changed words."""
-    flags = [changed for _, changed in tokens]
-    for i, (text, _) in enumerate(tokens):
-        if text.isspace():
+    for i, token in enumerate(tokens):
+        if token.isspace():
             flags[i] = 0 < i < len(tokens) - 1 and flags[i - 1] and flags[i + 1]
-    segments: Segments = []
-    for (text, _), changed in zip(tokens, flags, strict=True):
-        if segments and segments[-1][1] == changed:
-            segments[-1] = (segments[-1][0] + text, changed)
-        else:
-            segments.append((text, changed))
-    return segments
+    texts = iter(tokens)
+    return [("".join(next(texts) for _ in run), changed) for changed, run in groupby(flags)]
 
 
 def image_digest(image: StoredImage, folder: Path) -> bytes:

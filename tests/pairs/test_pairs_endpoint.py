@@ -14,7 +14,7 @@ import pytest
 from fake_endpoint import KEY, Endpoint, chat_of, completion, engine_at, good, random_image
 from PIL import Image
 
-from realign.pairs.engines import ENGINES, Chat, Reply, endpoint, make_engine
+from realign.pairs.engines import ENGINES, Chat, Reply, deadline, make_engine
 from realign.pairs.engines.endpoint import data_url, parse_answer
 
 
@@ -23,7 +23,7 @@ def environment(monkeypatch):
     """Removes keys of this machine from the environment, and shortens waits between tries."""
     for name in ("REALIGN_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("realign.pairs.engines.endpoint._FIRST_WAIT", 0.01)
 
 
 def test_the_request_is_that_of_the_chat_whatever_the_environment_says(monkeypatch):
@@ -135,7 +135,7 @@ def test_silence_and_an_endless_answer_end_at_the_time_limit():
 
 
 def test_an_answer_without_bounds_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(endpoint, "_MOST_BYTES", 10_000)
+    monkeypatch.setattr(deadline, "MOST_BYTES", 10_000)
     with Endpoint((200, {}, lambda _: iter([b" " * 9000] * 100))) as server:
         (reply,) = engine_at(server).chat([chat_of("a")])
         assert reply.error == "the answer is longer than 10000 bytes"

@@ -261,9 +261,11 @@ def test_words_that_are_marked(chosen, rejected, marked, count):
     assert changed_words(side) == count
 
 
-def test_very_long_responses_are_not_compared():
-    long = "a b " * 100_000
-    assert difference(long, "a b " * 99_999) == ([(long, True)], [("a b " * 99_999, True)])
+def test_the_ends_of_very_long_responses_are_compared():
+    chosen, rejected = ("a b " * 100_000 + text + " c a" * 9 for text in ("x a", "y"))
+    marked = difference(chosen, rejected)
+    assert ["".join(text for text, _ in side) for side in marked] == [chosen, rejected]
+    assert [[text for text, changed in side if changed] for side in marked] == [["x a"], ["y"]]
 
 
 def test_the_command(tmp_path, capsys):

@@ -12,7 +12,7 @@ from realign.pairs.engines.endpoint import scrub
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Removes keys of this machine from the environment, and shortens waits between tries."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("realign.pairs.engines.endpoint._FIRST_WAIT", 0.01)
     for name in ("REALIGN_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 

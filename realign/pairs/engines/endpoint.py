@@ -1,8 +1,11 @@
 """Endpoint engine: sends chats to an OpenAI-compatible server with the `openai` client.
 
-The client repeats a request after status 408, 409, 429 or 5xx, a time-out or a lost connection. It
+The engine repeats a request after status 408, 409, 429 or 5xx, a time-out or a lost connection. It
 waits for increasing random times, or for the time in `Retry-After`. Answers are saved on disk, so a
 resumed run pays for each answer once.
+
+A server may answer anything, at any speed. `deadline.py` limits the time of an exchange and the
+size of an answer. Texts of the server appear in messages only on one line, printable and shortened.
 
 The key is read from the environment and sent in one header. It is removed from all text that a
 server returns, because some servers quote it. The client would also send headers from other
@@ -18,21 +21,23 @@ import ipaddress
 import json
 import math
 import os
+import random
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import openai
 from PIL import Image
 
-from realign.data.errors import Malformed
-from realign.files import write_whole
+from realign.data.errors import Malformed, shorten
+from realign.files import read_json, write_whole
 from realign.pairs.engines.chat import (
     NO_TEXT,
     Chat,
@@ -42,6 +47,7 @@ from realign.pairs.engines.chat import (
     request_digest,
     typed_messages,
 )
+from realign.pairs.engines.deadline import Deadline, Unreadable, read_bounded
 
 KEYS = ("REALIGN_API_KEY", "OPENAI_API_KEY")
 """Environment variables for the key. The first one that is set is used."""
@@ -56,8 +62,8 @@ _LOSSLESS = 256 * 256
 """Pixels up to which an image is sent as PNG. As JPEG, larger images have a tenth of the bytes."""
 _LONGEST_WAIT = 120
 """Maximum `Retry-After` in seconds. After a longer one, the request is not repeated."""
-_MOST_BYTES = 16 * 2**20
-"""Maximum size of an answer."""
+_FIRST_WAIT, _LAST_WAIT = 0.5, 8.0
+"""First and longest wait between two tries without `Retry-After`, in seconds."""
 _HEADERS = ("host", "connection", "content-length")
 """Headers that the HTTP library sets."""
 _REMEDIES = {
@@ -110,8 +116,11 @@ class EndpointEngine(Engine):
                     replies.append(Reply("", str(error)))
                     continue
                 if key not in futures:
-                    futures[key] = pool.submit(self._answer, client, request, key)
+                    futures[key] = pool.submit(self._answer, client, request, key, stop)
                 replies.append(futures[key])
+            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # an error ends the run before slower requests do
             return [reply if isinstance(reply, Reply) else reply.result() for reply in replies]
         finally:
             stop.set()  # after an error, no thread sends another request
@@ -149,6 +158,8 @@ class EndpointEngine(Engine):
         )
 
     def _client(self, stop: threading.Event) -> openai.OpenAI:
+        deadline = Deadline()
+
         def prepare(request: httpx2.Request) -> None:
             self._wait_for_turn(stop)
             for name in set(request.headers) - set(_HEADERS):
@@ -157,18 +168,23 @@ class EndpointEngine(Engine):
             request.headers["Accept-Encoding"] = "identity"  # the size limit is for plain text
             if key := self._check_key():
                 request.headers["Authorization"] = f"Bearer {key}"
-            request.extensions["deadline"] = time.monotonic() + self._options.timeout
+            deadline.at = time.monotonic() + self._options.timeout
 
+        client = openai.DefaultHttpxClient(
+            follow_redirects=False,
+            trust_env=not self._loopback,  # no proxy for requests to this machine
+            event_hooks={
+                "request": [prepare],
+                "response": [lambda response: read_bounded(response, deadline)],
+            },
+        )
+        deadline.limit(client)
         return openai.OpenAI(
             base_url=self._url,
             api_key="set by each request",
             timeout=self._options.timeout,
-            max_retries=self._options.tries - 1,
-            http_client=openai.DefaultHttpxClient(
-                follow_redirects=False,
-                trust_env=not self._loopback,  # no proxy for requests to this machine
-                event_hooks={"request": [prepare], "response": [_read_bounded]},
-            ),
+            max_retries=0,  # its waits would outlast Ctrl-C, and servers could order more tries
+            http_client=client,
         )
 
     def _wait_for_turn(self, stop: threading.Event) -> None:
@@ -180,54 +196,65 @@ class EndpointEngine(Engine):
         if stop.wait(start - time.monotonic()):
             raise ConnectionError("stopped")
 
-    def _answer(self, client: openai.OpenAI, request: Chat, key: str) -> Reply:
+    def _answer(
+        self, client: openai.OpenAI, request: Chat, key: str, stop: threading.Event
+    ) -> Reply:
         if (saved := self._kept(key)) is not None:
             return saved
-        reply = self._ask(client, request)
+        reply = self._ask(client, request, stop)
         if (file := self._file(key)) is not None and not reply.error:
             content = {"text": reply.text, "cut": reply.cut, "model": self._model}
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(content))
         return reply
 
-    def _ask(self, client: openai.OpenAI, request: Chat) -> Reply:
-        renamed = self._renamed
+    def _ask(self, client: openai.OpenAI, request: Chat, stop: threading.Event) -> Reply:
+        renamed, problem = self._renamed, ""
         body = payload(request, self._model, renamed)
-        try:
-            answer = client.post("/chat/completions", cast_to=httpx2.Response, content=body)
-        except openai.APIStatusError as error:
-            if error.status_code == 400 and "max_completion_tokens" in error.response.text:
-                self._renamed = True  # newer models accept only max_completion_tokens
-                if not renamed:
-                    return self._ask(client, request)
-            return self._refused(error.response)
-        except openai.APITimeoutError:
-            return self._unanswered(f"no answer within {self._options.timeout:g} s")
-        except openai.APIConnectionError as error:
-            return self._unanswered(scrub(repr(error.__cause__)))
-        except _Unreadable as error:
-            return Reply("", str(error))
-        self._failures = 0
-        return parse_answer(answer.content)
+        for earlier in range(self._options.tries):
+            pause = min(_FIRST_WAIT * 2**earlier, _LAST_WAIT) * random.uniform(0.75, 1)
+            try:
+                answer = client.post("/chat/completions", cast_to=httpx2.Response, content=body)
+                self._failures = 0
+                return parse_answer(answer.content)
+            except openai.APIStatusError as error:
+                response = error.response
+                status = response.status_code
+                if status == 400 and b"max_completion_tokens" in response.content:
+                    self._renamed = True  # newer models accept only max_completion_tokens
+                    if not renamed:
+                        return self._ask(client, request, stop)
+                problem = f"HTTP status {status}"
+                if text := _shown(response.content.decode(errors="replace")):
+                    problem += f": {text}"
+                if status not in (408, 409, 429) and status < 500:
+                    return self._refused(response, problem)
+                if (asked := _asked_wait(response)) > _LONGEST_WAIT:
+                    problem = (
+                        f"the server asks to wait {asked:g} s, more than the limit of "
+                        f"{_LONGEST_WAIT} s; {problem}"
+                    )
+                    return self._unanswered(problem, repeated=False)
+                pause = asked if asked > 0 else pause
+            except openai.APITimeoutError:
+                problem = f"no answer within {self._options.timeout:g} s"
+            except openai.APIConnectionError as error:
+                problem = _shown(repr(error.__cause__))
+            except Unreadable as error:
+                return Reply("", _shown(str(error)))
+            if earlier + 1 < self._options.tries and stop.wait(pause):
+                raise ConnectionError("stopped")
+        return self._unanswered(problem)
 
-    def _refused(self, response: httpx2.Response) -> Reply:
-        status, text = response.status_code, scrub(" ".join(response.text.split()))
-        problem = f"HTTP status {status}" + (f": {text[:300]}" if text else "")
+    def _refused(self, response: httpx2.Response, problem: str) -> Reply:
+        status = response.status_code
         if status in _REMEDIES:
             raise ValueError(f"{self._url} answers {problem}; {_REMEDIES[status]}.")
         if 300 <= status < 400:
-            target = scrub(response.headers.get("location", "?"))
+            target = _shown(response.headers.get("redirect", "?"))
             raise ValueError(
                 f"{self._url} redirects to {target}, and redirects are not followed. Pass that URL."
             )
-        if status in (408, 409, 429) or status >= 500:
-            if (wait := _asked_wait(response)) <= _LONGEST_WAIT:
-                return self._unanswered(problem)
-            problem = (
-                f"the server asks to wait {wait:g} s, more than the limit of {_LONGEST_WAIT} s; "
-                f"{problem}"
-            )
-            return self._unanswered(problem, repeated=False)
         self._failures = 0
         return Reply("", problem)
 
@@ -275,18 +302,25 @@ class EndpointEngine(Engine):
         if (file := self._file(key)) is None:
             return None
         try:
-            content = json.loads(file.read_bytes())
-            return Reply(str(content["text"]), cut=bool(content["cut"]))
-        except (OSError, ValueError, KeyError, TypeError):  # absent or damaged
+            content = read_json(file)
+        except (OSError, ValueError):  # absent or damaged
             return None
+        reply = _checked(content.get("text"), content.get("cut") is True)
+        return None if reply.error else reply
 
 
 def scrub(text: str) -> str:
     """The text with the key replaced by [key]."""
     for name in KEYS:
         if key := os.environ.get(name, "").strip():
-            text = text.replace(key, "[key]").replace(json.dumps(key)[1:-1], "[key]")
+            for form in (key, json.dumps(key)[1:-1], quote(key), quote(key, safe="")):
+                text = text.replace(form, "[key]")
     return text
+
+
+def _shown(text: str) -> str:
+    """A server's text for a message: without the key, on one line, printable and shortened."""
+    return shorten(scrub(text))  # scrub first, or half a key may remain
 
 
 def payload(chat: Chat, model: str, renamed: bool = False) -> bytes:
@@ -341,59 +375,33 @@ def parse_answer(body: bytes) -> Reply:
         if isinstance(content, list):
             content = "".join(p["text"] for p in content if p.get("type", "text") == "text")
         if not content and message.get("refusal"):
-            return Reply("", scrub(f"the model refuses: {message['refusal']}"))
+            return Reply("", _shown(f"the model refuses: {message['refusal']}"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        start = scrub(body.decode(errors="replace"))[:100]  # scrub first, or half a key may remain
+        start = _shown(body.decode(errors="replace"))
         return Reply("", f"the answer is not a chat completion: {start!r}")
+    return _checked(content, choice.get("finish_reason") == "length")
+
+
+def _checked(content: Any, cut: bool) -> Reply:
+    """A reply with a text of a server, or an error if it is no text."""
     if not isinstance(content, str) or not content.strip():
         return Reply("", NO_TEXT)
     try:
         content.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 cannot encode
         return Reply("", "the answer contains half of a surrogate pair")
-    return Reply(scrub(content.strip()), cut=choice.get("finish_reason") == "length")
-
-
-class _Unreadable(Exception):
-    """An answer that is compressed or too large."""
-
-
-def _read_bounded(response: httpx2.Response) -> None:
-    """Reads a body within limits of size and time.
-
-    The library's time limit applies to each read, not to their sum.
-    """
-    assert isinstance(response.stream, httpx2.SyncByteStream)
-    encoding = response.headers.pop("content-encoding", "identity")  # removed, so never decoded
-    if encoding.lower() != "identity":
-        if response.is_success:
-            raise _Unreadable(
-                f"the answer has the unsupported Content-Encoding {scrub(encoding)!r}"
-            )
-        response.stream.close()
-        response.stream = httpx2.ByteStream(b"")  # only the status matters
-        return
-    data = bytearray()
-    for part in response.stream:
-        data += part
-        if time.monotonic() > response.request.extensions["deadline"]:
-            raise httpx2.ReadTimeout("the answer takes too long", request=response.request)
-        if len(data) > _MOST_BYTES:
-            raise _Unreadable(f"the answer is longer than {_MOST_BYTES} bytes")
-    response.stream.close()
-    response.stream = httpx2.ByteStream(bytes(data))
+    return Reply(scrub(content.strip()), cut=cut)
 
 
 def _asked_wait(response: httpx2.Response) -> float:
-    """Seconds in `Retry-After`, parsed like in the client; 0 without that header."""
+    """Seconds in `Retry-After`, possibly infinite; 0 without that header or for nonsense."""
     for name, divisor in (("retry-after-ms", 1000), ("retry-after", 1)):
         with suppress(ValueError):
             seconds = float(response.headers.get(name, "")) / divisor
-            return seconds if math.isfinite(seconds) else 0.0
-    with suppress(ValueError):
-        return (
-            parsedate_to_datetime(response.headers.get("retry-after", "")).timestamp() - time.time()
-        )
+            return 0.0 if math.isnan(seconds) else max(seconds, 0.0)
+    with suppress(ValueError, TypeError, OverflowError, IndexError, OSError):
+        date = parsedate_to_datetime(response.headers.get("retry-after", ""))
+        return max(date.timestamp() - time.time(), 0.0)
     return 0.0
 
 

@@ -6,7 +6,6 @@ with a sentence-transformers model (in the paper all-mpnet-base-v2 with tau 0.95
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
 from realign.pairs.filters.base import Candidate, PairFilter
 from realign.pairs.io.rows import files_digest
-from realign.pairs.io.words import words_of
+from realign.pairs.io.words import Matcher, words_of
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _DIGITS = "zero one two three four five six seven eight nine ten eleven twelve"
@@ -39,8 +38,11 @@ def _normal(text: str) -> list[str]:
 
 
 def text_similarity(a: str, b: str) -> float:
-    """Lexical similarity in [0, 1]: 2 M / (A + B) for M matching of A and B words."""
-    return difflib.SequenceMatcher(None, words_of(a), words_of(b), autojunk=False).ratio()
+    """Lexical similarity in [0, 1]: 2 M / (A + B) for M matching of A and B words.
+
+    The time is bounded. For long texts of repeated words, M counts fewer words (`Matcher`).
+    """
+    return Matcher(words_of(a), words_of(b)).ratio()
 
 
 def reason_to_drop(chosen: str, completion: str, tau: float) -> str | None:

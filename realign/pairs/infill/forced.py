@@ -91,7 +91,10 @@ class ResponseFramer:
         for tokens, start, stop in _clusters(ids, offsets):
             while len(pieces) <= len(spans) and start >= spans[len(pieces) - 1][1]:
                 pieces.append([])  # the token is after the gap
-            crossed = [(a, b) for a, b in spans[len(pieces) - 1 :] if start < b and a < stop]
+            first = last = len(pieces) - 1
+            while last < len(spans) and spans[last][0] < stop:
+                last += 1
+            crossed = spans[first:last]
             if not crossed:
                 pieces[-1] += tokens
                 continue

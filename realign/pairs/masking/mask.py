@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from realign.pairs.io.words import LONGEST
 from realign.pairs.masking.segments import CATEGORIES, Span, find_segments
 
 MASK = "[MASK]"
@@ -92,28 +93,50 @@ def masked_from(text: str, spans: Iterable[str]) -> Masked | None:
         spans: texts of the segments.
 
     Returns:
-        The masked response, or None if the text contains no segment.
+        The masked response. None if the text contains no segment, or has more than 20,000
+        characters.
     """
+    if len(text) > LONGEST:
+        return None
+    # White space becomes one space, so a segment is a literal.
+    places = [i for i, c in enumerate(text) if not (c.isspace() and text[i - 1 : i].isspace())]
+    line = "".join(" " if text[i].isspace() else text[i] for i in places)
+    free = [line, _lower(line)]  # the accepted segments become null characters
+    absent: set[tuple[int, str]] = set()
     accepted: list[Span] = []
     after = 0
     for segment in spans:
-        words = segment.strip(_EDGES).split()
-        if not words:
-            continue
-        pattern = r"\s+".join(map(re.escape, words))
-        before = r"(?<![^\W_])" if words[0][0].isalnum() else ""
-        behind = r"(?![^\W_])" if words[-1][-1].isalnum() else ""
-        matches = [
-            match.span()
-            for flags in (0, re.IGNORECASE)
-            for start in (after, 0)
-            for match in re.compile(before + pattern + behind, flags).finditer(text, start)
-        ]
-        non_overlapping = (p for p in matches if all(p[1] <= a or b <= p[0] for a, b in accepted))
-        if (match_span := next(non_overlapping, None)) is not None:
-            accepted.append(match_span)
-            after = match_span[1]
+        words = " ".join(segment.strip(_EDGES).split())
+        for case, wanted in enumerate((words, _lower(words))):
+            if not wanted or "\0" in wanted or (case, wanted) in absent:
+                continue
+            start = _find(wanted, free[case], after)
+            if start is None:
+                absent.add((case, wanted))
+                continue
+            after = start + len(wanted)
+            free = [part[:start] + "\0" * len(wanted) + part[after:] for part in free]
+            accepted.append((places[start], places[after - 1] + 1))
+            break
     return _hide(text, sorted(accepted))
+
+
+def _find(words: str, text: str, after: int) -> int | None:
+    """The place of complete words, from `after` or else from the start; None without one."""
+    if words not in text:
+        return None
+    # The literal comes first, so `re` searches for it without a match at every character.
+    literal = re.escape(words)
+    before = rf"(?<![^\W_]{literal})" if words[0].isalnum() else ""
+    behind = r"(?![^\W_])" if words[-1].isalnum() else ""
+    pattern = re.compile(literal + before + behind)
+    match = pattern.search(text, after) or pattern.search(text)
+    return None if match is None else match.start()
+
+
+def _lower(text: str) -> str:
+    """The text in lower case, with the same length."""
+    return "".join(low if len(low := c.lower()) == 1 else c for c in text)
 
 
 def _hide(text: str, spans: Sequence[Span]) -> Masked | None:

@@ -21,7 +21,7 @@ Span = tuple[int, int]
 """Start and stop of a segment in its text."""
 
 _WORD = re.compile(
-    r"\d++(?:[.,:]\d++)*+(?:st|nd|rd|th)?+(?!-?[^\W\d_])"  # a number, 3.5, 10:30, 2nd
+    r"\d++(?:[.,:]\d++){0,9}+(?:st|nd|rd|th)?+(?!-?[^\W\d_])"  # a number, 3.5, 10:30, 2nd
     r"|[^\W_]+(?:['’-][^\W_]+)*"  # a word, man's, two-story
 )
 _ING_ED = ("ing", "ed")
@@ -43,9 +43,11 @@ def find_segments(text: str, categories: Sequence[str] = CATEGORIES) -> list[Spa
     """Finds the segments of those kinds. Returns the (start, stop) of each, in order."""
     words = _words_of(text)
     segments: list[Span] = []
-    at = 0
+    at = searched = 0  # no noun phrase begins between them
     while at < len(words):
-        stop = _phrase_end(words, at)
+        stop = at
+        if at >= searched:
+            stop, searched = _phrase_end(words, at)
         if stop > at:
             segments += _segments_of(words[at:stop], categories)
             at = stop
@@ -70,10 +72,15 @@ class _Word:
     near: bool  # whether only white space is between it and the previous word
     kind: str = ""
     written: str = ""
+    modified: bool = False  # whether a determiner precedes it, with only modifiers between
+    in_phrase: bool = False  # the same, with modifiers and nouns between
 
 
-def _phrase_end(words: list[_Word], at: int) -> int:
-    """The index after the noun phrase that begins at `at`, or `at` if there is none."""
+def _phrase_end(words: list[_Word], at: int) -> tuple[int, int]:
+    """The index after the noun phrase that begins at `at`, and the end of the search.
+
+    Without a noun phrase, the first index is `at`. None begins before the end of the search either.
+    """
     end = at + (words[at].kind == _DETERMINER)
     last_noun = None
     while end < len(words) and (end == at or words[end].near):
@@ -82,7 +89,7 @@ def _phrase_end(words: list[_Word], at: int) -> int:
         elif words[end].kind not in _MODIFIERS or last_noun is not None:
             break
         end += 1
-    return at if last_noun is None else last_noun + 1
+    return at if last_noun is None else last_noun + 1, end
 
 
 def _segments_of(phrase: list[_Word], categories: Sequence[str]) -> list[Span]:
@@ -124,8 +131,13 @@ def _words_of(text: str) -> list[_Word]:
         words.append(first)
         at += length
     words = _paired(words)
-    for i in range(len(words)):
-        words[i].kind = _kind_in_context(words, i)
+    for i, word in enumerate(words):
+        if i and word.near:
+            before = words[i - 1]
+            begins, modifies = before.kind == _DETERMINER, before.kind in _MODIFIERS
+            word.modified = begins or (modifies and before.modified)
+            word.in_phrase = begins or ((modifies or before.kind == _NOUN) and before.in_phrase)
+        word.kind = _kind_in_context(words, i)
     return words
 
 
@@ -211,9 +223,7 @@ def _kind_in_context(words: list[_Word], at: int) -> str:
         if after == _VERB and behind[0].text.endswith(_ING_ED):  # "the old parked car"
             modifies = [w.kind for w in behind[1:]] == [_NOUN]
         listed = word.text in lists.ATTRIBUTES_OR_NOUNS
-        is_noun = _determined(words, at, _MODIFIERS) or (
-            listed and before.kind in (_NUMBER, _ATTRIBUTE, _NOUN)
-        )
+        is_noun = word.modified or (listed and before.kind in (_NUMBER, _ATTRIBUTE, _NOUN))
         return _NOUN if is_noun and not modifies else _ATTRIBUTE
     if word.kind == _NOUN and before.kind == _NOUN:
         # Two nouns before a determiner: the second is a verb, as in "the woman scolds the dog".
@@ -225,25 +235,15 @@ def _kind_in_context(words: list[_Word], at: int) -> str:
 def _verb_in_context(words: list[_Word], at: int, after: str) -> str:
     """Kind of a word with a verb's form: a verb, a noun, or a participle that modifies a noun."""
     word, before = words[at], words[at - 1]
-    in_phrase = _determined(words, at, _MODIFIERS)
     after_prep = before.kind == _RELATION or before.text in ("of", "with", "for", "from", "by")
     if word.text.endswith(_ING_ED):
-        modifies = in_phrase or before.kind in (_NUMBER, _ATTRIBUTE)
+        modifies = word.modified or before.kind in (_NUMBER, _ATTRIBUTE)
         modifies |= word.text.endswith("ed") and (after_prep or before.text == "and")
         if modifies and after in (_NOUN, _ATTRIBUTE):  # "a smiling woman", "near parked cars"
             return _ATTRIBUTE
         return _NOUN if before.kind == _DETERMINER else _VERB
     if before.kind == _NOUN:  # "a coffee shop", but "the people stand" and "a man holds"
         plural = before.text.endswith("s") or before.text in ("people", "men", "women", "children")
-        compound = not plural and _determined(words, at, (*_MODIFIERS, _NOUN))
+        compound = not plural and word.in_phrase
         return _NOUN if compound and not word.text.endswith("s") else _VERB
-    return _NOUN if in_phrase or after_prep else _VERB
-
-
-def _determined(words: list[_Word], at: int, kinds: Sequence[str]) -> bool:
-    """Whether a determiner precedes the word at `at`, with only words of those kinds between."""
-    while at and words[at].near:
-        at -= 1
-        if words[at].kind not in kinds:
-            return words[at].kind == _DETERMINER
-    return False
+    return _NOUN if word.modified or after_prep else _VERB
