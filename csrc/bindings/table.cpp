@@ -134,7 +134,8 @@ void translate(std::exception_ptr pointer) {
   try {
     if (pointer) std::rethrow_exception(pointer);
   } catch (const realign::FileError& error) {
-    const py::tuple arguments = py::make_tuple(error.code(), decoded(error.what()), decoded(error.path()));
+    const py::tuple arguments =
+        py::make_tuple(error.code(), decoded(error.what()), decoded(error.path()));
     PyErr_SetObject(PyExc_OSError, arguments.ptr());
   } catch (const std::invalid_argument& error) {
     PyErr_SetObject(PyExc_ValueError, decoded(error.what()).ptr());

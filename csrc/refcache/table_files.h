@@ -44,8 +44,8 @@ class File {
   int fd_ = -1;
 };
 
-// The open folder of a table, for one thread. Names are relative to the open folder, so a link that replaces its
-// path later has no effect.
+// The open folder of a table, for one thread. Names are relative to the open folder, so a link that
+// replaces its path later has no effect.
 class Folder {
  public:
   // Throws FileError if the path is absent, not a folder, or a symbolic link. Its parents may be

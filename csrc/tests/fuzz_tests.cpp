@@ -1,11 +1,11 @@
-// Random faults for the table and the packing, beyond the fixed cases of table_tests and core_tests.
-// Each input is a folder with mutated logs, links and pipes, or lengths of a forest. It depends on
+// Random faults for the table and the packing, beyond the cases of table_tests and core_tests. Each
+// input is a folder with mutated logs, links and pipes, or lengths of a forest. It depends on
 // its seed only. Arguments: seconds, the first seed, and a working folder. With 0 seconds it runs
 // one input, which repeats a failure. Exits with 1 on a failure.
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -16,7 +16,6 @@
 #include <limits>
 #include <map>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <random>
 #include <set>
@@ -220,7 +219,8 @@ void fuzz_table() {
       outside.plant(path);
       continue;
     }
-    const Bytes bytes = chance(80) ? mutated() : Bytes(below(200), static_cast<uint8_t>(below(256)));
+    const auto filler = static_cast<uint8_t>(below(256));
+    const Bytes bytes = chance(80) ? mutated() : Bytes(below(200), filler);
     write_file(path, bytes);
     const bool ours = bytes.size() >= 32 && std::memcmp(bytes.data(), &header, 32) == 0;
     if (!ours && !bytes.empty() && good_values(folder).empty()) strange[path] = bytes;
@@ -278,7 +278,9 @@ void fuzz_table() {
     check_values(after, acknowledged);
     check_values(after, good_values(folder));
   });
-  for (const auto& [path, bytes] : strange) require(read_file(path) == bytes, path + " has changed");
+  for (const auto& [path, bytes] : strange) {
+    require(read_file(path) == bytes, path + " has changed");
+  }
   outside.check();
 }
 
@@ -352,7 +354,7 @@ int main(int argc, char** argv) {
     }
     ++seed;
   } while (Clock::now() < end && failures == 0);
-  std::printf("%llu inputs from seed %llu. Repeat one with: fuzz_tests 0 SEED FOLDER\n",
-              static_cast<unsigned long long>(seed - first), static_cast<unsigned long long>(first));
+  std::printf("%s inputs from seed %s. Repeat one with: fuzz_tests 0 SEED FOLDER\n",
+              std::to_string(seed - first).c_str(), argv[2]);
   return report();
 }

@@ -138,6 +138,16 @@ def test_a_file_beside_the_database_is_not_opened(folder, victim, what, suffix, 
     victim.write_bytes(TEXT)
 
 
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_a_write_ahead_log_beside_the_database_is_not_opened(folder, suffix, monkeypatch):
+    """SQLite would read it, and map the other file. Its owner could cut the file during a read."""
+    monkeypatch.setattr(store, "extension", lambda: None)
+    open_table(folder, FINGERPRINT).insert(*make([50]))
+    path = Path(f"{folder / DATABASE}{suffix}")
+    path.write_bytes(b"planted")
+    assert f"{path} exists" in use(folder)[0] and path.read_bytes() == b"planted"
+
+
 def test_a_journal_cannot_make_sqlite_remove_a_file(folder, victim, monkeypatch):
     """A super-journal in a journal is removed after the rollback: SQLite calls it stale."""
     monkeypatch.setattr(store, "extension", lambda: None)
