@@ -33,7 +33,6 @@ from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import footer, parquet_file, read_array, read_table
 from realign.pairs.stages.runner import sole_run
 
-_IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 TEXTS = {"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
 
 
@@ -154,8 +153,17 @@ def _repeated(rows, data, each=1):
     return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1) * each, pa.int32()), parts)
 
 
+def _of_zeros(rows, size):
+    """A column of images that are only zeros, made without Python objects."""
+    offsets = pa.py_buffer(np.arange(rows + 1, dtype=np.int32) * size)
+    zeros = pa.py_buffer(bytes(rows * size))
+    values = pa.Array.from_buffers(pa.binary(), rows, [None, offsets, zeros])
+    parts = pa.StructArray.from_arrays([values, pa.nulls(rows, pa.string())], ["bytes", "path"])
+    return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1), pa.int32()), parts)
+
+
 def _bombs(folder):
-    zeros = pa.array([[{"bytes": bytes(40 << 20), "path": None}]] * 10, _IMAGES)
+    zeros = _of_zeros(10, 40 << 20)
     plain = {"use_dictionary": False, "compression": "zstd", "write_statistics": False}
     pq.write_table(_table(10, zeros), folder / "zeros.parquet", **plain)
     # Without Arrow's schema, a reader gets plain values, not a dictionary.
@@ -166,8 +174,7 @@ def _bombs(folder):
     many = pa.ListArray.from_arrays(pa.array([0, len(nulls)], pa.int32()), nulls)
     pq.write_table(_table(1, many), folder / "nulls.parquet")
     delta = {"column_encoding": {"images.list.element.bytes": "DELTA_BYTE_ARRAY"}}
-    same = pa.array([[{"bytes": bytes(20 << 20), "path": None}]] * 32, _IMAGES)
-    pq.write_table(_table(32, same), folder / "delta.parquet", **plain, **delta)
+    pq.write_table(_table(32, _of_zeros(32, 20 << 20)), folder / "delta.parquet", **plain, **delta)
     _understate(folder / "zeros.parquet", folder / "forged.parquet")
 
 
