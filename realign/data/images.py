@@ -195,7 +195,7 @@ class DataFolder:
 
 def _check_scans(file: BinaryIO, pixels: int) -> None:
     """Refuse a JPEG with so many scans that it takes hours. Each decodes all pixels again."""
-    place = file.tell()
+    place = file.seek(0, os.SEEK_CUR)
     size = file.seek(0, os.SEEK_END)
     if pixels * (size // _SHORTEST_SCAN) > _MOST_SCANNED:
         file.seek(0)

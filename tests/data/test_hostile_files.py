@@ -33,7 +33,6 @@ from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import footer, parquet_file, read_array, read_table
 from realign.pairs.stages.runner import sole_run
 
-_IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 TEXTS = {"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
 
 
@@ -154,22 +153,28 @@ def _repeated(rows, data, each=1):
     return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1) * each, pa.int32()), parts)
 
 
+def _of_zeros(rows, size):
+    """A column of images that are only zeros, made without Python objects."""
+    offsets = pa.py_buffer(np.arange(rows + 1, dtype=np.int32) * size)
+    zeros = pa.py_buffer(bytes(rows * size))
+    values = pa.Array.from_buffers(pa.binary(), rows, [None, offsets, zeros])
+    parts = pa.StructArray.from_arrays([values, pa.nulls(rows, pa.string())], ["bytes", "path"])
+    return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1), pa.int32()), parts)
+
+
 def _bombs(folder):
-    zeros = [[{"bytes": b"\0" * (50 << 20), "path": None}]]
-    with pq.ParquetWriter(folder / "zeros.parquet", _table(1, pa.array(zeros, _IMAGES)).schema,
-                          compression="zstd") as writer:  # fmt: skip
-        for _ in range(14):
-            writer.write_table(_table(1, pa.array(zeros, _IMAGES)))
-    large = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30}
-    pq.write_table(_table(500, _repeated(500, bytes(5 << 20))), folder / "rows.parquet", **large)
-    pq.write_table(_table(1, _repeated(1, bytes(1 << 20), 3000)), folder / "row.parquet", **large)
-    nulls = pa.nulls(8_000_000, pa.struct([("path", pa.string())]))
+    zeros = _of_zeros(10, 40 << 20)
+    plain = {"use_dictionary": False, "compression": "zstd", "write_statistics": False}
+    pq.write_table(_table(10, zeros), folder / "zeros.parquet", **plain)
+    # Without Arrow's schema, a reader gets plain values, not a dictionary.
+    large = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
+    pq.write_table(_table(99, _repeated(99, bytes(20 << 20))), folder / "rows.parquet", **large)
+    pq.write_table(_table(1, _repeated(1, bytes(1 << 20), 2000)), folder / "row.parquet", **large)
+    nulls = pa.nulls(20_000_000, pa.struct([("path", pa.string())]))
     many = pa.ListArray.from_arrays(pa.array([0, len(nulls)], pa.int32()), nulls)
     pq.write_table(_table(1, many), folder / "nulls.parquet")
-    encoding = {"use_dictionary": False, "compression": "zstd",
-                "column_encoding": {"images.list.element.bytes": "DELTA_BYTE_ARRAY"}}  # fmt: skip
-    same = pa.array([[{"bytes": bytes(1 << 20), "path": None}]] * 300, _IMAGES)
-    pq.write_table(_table(300, same), folder / "delta.parquet", **encoding)
+    delta = {"column_encoding": {"images.list.element.bytes": "DELTA_BYTE_ARRAY"}}
+    pq.write_table(_table(32, _of_zeros(32, 20 << 20)), folder / "delta.parquet", **plain, **delta)
     _understate(folder / "zeros.parquet", folder / "forged.parquet")
 
 
@@ -186,11 +191,10 @@ def _understate(file, output):
     assert pq.read_metadata(output).row_group(0).column(3).total_uncompressed_size == 1000
 
 
-def _zigzag(value, length=5):
-    """A positive number in Thrift's compact protocol, in a given number of bytes."""
+def _zigzag(value, length=0):
+    """A positive number in Thrift's compact protocol, in at least `length` bytes."""
+    length = max(length, -(-(2 * value).bit_length() // 7))
     groups = [2 * value >> 7 * i & 127 | 128 for i in range(length)]
-    while length == 5 and groups[-1] == 128:
-        groups.pop()
     return bytes([*groups[:-1], groups[-1] & 127])
 
 

@@ -97,7 +97,9 @@ def test_repaired_images_are_read_again(file_config, tmp_path, fault):
 def test_changed_images_are_noticed(file_config, tmp_path):
     """Images are touched, then removed and restored, then replaced or linked out of the folder."""
     folder, output = tmp_path / "images", tmp_path / "out" / "pairs.parquet"
-    build_pairs(file_config)
+    report = str(build_pairs(file_config))
+    named = report.partition("; read it with --image-folder ")[2]
+    assert read_pairs(output, named)[0].images[0].path == str(folder.resolve() / "0.png")
     before, kept = _times(file_config), output.read_bytes()
     (folder / "3.png").touch()  # its shard is made again, with the same vectors
     build_pairs(file_config)
