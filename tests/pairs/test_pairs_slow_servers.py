@@ -43,6 +43,8 @@ class RawServer:
 
     def answer(self, connection):
         with connection, contextlib.suppress(OSError):
+            while self.reads == "slowly" and not self.closing.wait(0.05):
+                connection.recv(1024)
             if self.reads:
                 connection.recv(2**16)
             for part in self.parts():
@@ -113,6 +115,8 @@ def test_no_endless_answer_outlasts_the_time_limit():
         deaf = stack.enter_context(RawServer(lambda: itertools.repeat(b""), reads=False))
         image = chat_of("a", random_image((1400, 1400)))
         calls["a request that is not read"] = pool.submit(timed, deaf.url, image, timeout=1.5)
+        lazy = stack.enter_context(RawServer(lambda: [], reads="slowly"))
+        calls["a request not read fast"] = pool.submit(timed, lazy.url, image, timeout=1.5)
         results = {name: call.result() for name, call in calls.items()}
     for name, (reply, seconds) in results.items():
         limit = 1.5 if "not read" in name else LIMIT

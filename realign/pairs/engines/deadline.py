@@ -113,14 +113,13 @@ class _Stream(httpcore2.NetworkStream):
         return self._stream.get_extra_info(info)
 
 
-def read_bounded(response: httpx2.Response, deadline: Deadline) -> None:
-    """Read a body within the limits of size and time, and remove most headers.
+def read_bounded(response: httpx2.Response) -> None:
+    """Read a body within the limit of size, and remove most headers.
 
     The client would decode a text with the codec of `Content-Type`, such as zlib or punycode.
 
     Raises:
         Unreadable: for an answer that is compressed or too large.
-        httpx2.ReadTimeout: after the deadline.
     """
     assert isinstance(response.stream, httpx2.SyncByteStream)
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
@@ -136,10 +135,6 @@ def read_bounded(response: httpx2.Response, deadline: Deadline) -> None:
             data += part
             if len(data) > MOST_BYTES:
                 raise Unreadable(f"the answer is longer than {MOST_BYTES} bytes")
-            try:
-                deadline.left(TimeoutError)
-            except TimeoutError as error:
-                raise httpx2.ReadTimeout(str(error), request=response.request) from None
     elif response.is_success:
         raise Unreadable(f"the answer has the unsupported Content-Encoding {encoding[:80]!r}")
     response.stream.close()

@@ -173,10 +173,7 @@ class EndpointEngine(Engine):
         client = openai.DefaultHttpxClient(
             follow_redirects=False,
             trust_env=not self._loopback,  # no proxy for requests to this machine
-            event_hooks={
-                "request": [prepare],
-                "response": [lambda response: read_bounded(response, deadline)],
-            },
+            event_hooks={"request": [prepare], "response": [read_bounded]},
         )
         deadline.limit(client)
         return openai.OpenAI(
