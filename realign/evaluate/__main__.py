@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from realign.cli import one_line_errors, parse_sections
 from realign.evaluate.command import COMMANDS, run
 from realign.evaluate.digits import EvaluateConfig, evaluate, save, table
+from realign.terminal import show
 from realign.third_party import silence_third_party
 
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments=words,
     )["evaluate"]
     rates = evaluate(config)
-    print(table({config.model or "digits base": rates}))
+    show(table({config.model or "digits base": rates}))
     if config.output:
         rates_of = {name: vars(rate) for name, rate in rates.items()}
         save(config.output, json.dumps(rates_of, indent=2) + "\n")

@@ -22,7 +22,7 @@ from realign.evaluate import chair, files, hallusionbench, paired, tables, yesno
 from realign.evaluate.answering import Question, Sheet, answer, prepare, read_answers
 from realign.evaluate.handoff import hand_off
 from realign.files import check_file, check_folder, write_whole
-from realign.terminal import printable
+from realign.terminal import show
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """Suffix of a yes/no question in LLaVA and lmms-eval."""
@@ -55,7 +55,7 @@ def run(words: Sequence[str]) -> int:
         if (value := getattr(args, name, minimum)) < minimum:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {value}; it must be {minimum} or more.")
-    print(printable(args.run(args)))
+    show(args.run(args))
     return 0
 
 
@@ -256,7 +256,7 @@ def _answers(
     for lines in answers.values():
         if failed := [line for line in lines if line.get("error") and line["answer"] == ""]:
             why = shorten(str(failed[0]["error"]))
-            print(f"{len(failed)} of {len(lines)} questions have no answer ({why})")
+            show(f"{len(failed)} of {len(lines)} questions have no answer ({why})")
     return answers
 
 

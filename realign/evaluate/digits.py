@@ -30,6 +30,7 @@ from realign.files import check_file
 from realign.modeling.chat import ChatTemplate, text_inputs
 from realign.modeling.loading import load_processor, load_trained
 from realign.progress import Progress
+from realign.terminal import show
 
 EVALUATION_SEED = 20_000  # scenes of no training seed
 RESAMPLES = 2000
@@ -270,4 +271,4 @@ def save(file: str, text: str) -> None:
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    print(f"wrote {path}")
+    show(f"wrote {path}")

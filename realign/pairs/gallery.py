@@ -35,6 +35,7 @@ from realign.pairs.stats import (
     image_digest,
     pair_rows,
 )
+from realign.terminal import show
 
 _TEMPLATE = Path(__file__).with_name("gallery.html")
 _SMALL = 128  # pixels; images up to this size are not reduced, and are shown with sharp pixels
@@ -269,5 +270,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         side=args.side,
     )
     size = Path(args.output).stat().st_size / 1e6
-    print(f"wrote {args.output}: {shown} of {total} pairs, {size:.1f} MB")
+    show(f"wrote {args.output}: {shown} of {total} pairs, {size:.1f} MB")
     return 0

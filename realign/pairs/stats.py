@@ -26,7 +26,7 @@ from realign.data.tables import rows_of
 from realign.files import read_json
 from realign.pairs.io.words import Matcher
 from realign.pairs.stages.runner import run_note
-from realign.terminal import printable
+from realign.terminal import show
 
 FACTS = (
     "neighbour", "masked", "masker", "answer_model", "refill_model", "embed_model",
@@ -248,5 +248,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "PAIRS.work beside PAIRS.parquet.",
     )
     args = parser.parse_args(arguments)
-    print(printable(collect(args.pairs, work=args.work)))
+    show(collect(args.pairs, work=args.work))
     return 0

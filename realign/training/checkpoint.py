@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -45,6 +44,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from realign.distributed import CommonError, broadcast_from_rank0, rank
 from realign.files import read_json
+from realign.terminal import show
 
 _MANIFEST = "manifest.json"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
@@ -196,10 +196,10 @@ class Checkpoints:
             return
         shutil.rmtree(writer.path, ignore_errors=True)
         if warn:
-            print(
+            show(
                 f"warning: the checkpoint of step {writer.step} could not be written ({problem}). "
                 f"{self._newest_kept()} Training continues. Free some space before the next one.",
-                file=sys.stderr,
+                error=True,
             )
 
     def _newest_kept(self) -> str:
@@ -223,10 +223,10 @@ class Checkpoints:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            print(
+            show(
                 f"warning: {path} is damaged ({problem}) and was renamed to {aside.name}. The run "
                 f"resumes from {paths[len(damaged)].name}.",
-                file=sys.stderr,
+                error=True,
             )
         return _step(paths[len(damaged)]) if paths else 0
 

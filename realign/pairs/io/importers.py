@@ -33,6 +33,7 @@ from realign.pairs.io.images import ImagePaths, plain_image
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import LEFT_OUT, write_table
 from realign.pairs.io.texts import placed, printable, problem_of
+from realign.terminal import show
 
 _NEEDED = ("prompt", "images")
 """Columns that a table must have. The pipeline can write missing responses."""
@@ -354,5 +355,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     counts, note = _import_pairs(args.data, args.image_folder, args.output, args.format)
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "pairs")
-    print(f"wrote {args.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}{note}")
+    show(f"wrote {args.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}{note}")
     return 0
