@@ -20,7 +20,7 @@ from realign.data.messages import TAGS, place_images, tags_with, text_part, text
 
 _ANSWER = "KqAnswerVx"  # mixed case, so that a template's `upper` or `lower` shows
 _MARK = re.compile(r"Kq(\d+|Answer)Vx")
-_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_NOW = re.compile(r"strftime_now\(\s*(['\"])([^'\"\n]{0,200})\1\s*\)")
 _STARTS = ("boi_token", "image_start_token", "start_image_token", "vision_start_token")
 _ENDS = ("eoi_token", "image_end_token", "end_image_token", "vision_end_token")
 _FRAMES = {  # text around an image token, where the template writes it and not the processor

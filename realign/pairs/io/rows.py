@@ -17,6 +17,8 @@ from realign.data.records import Record, StoredImage
 from realign.pairs.io.images import ImageError, load_image
 
 Row = dict[str, Any]
+TOO_LONG = "reply too long"
+"""Reason for records without an answer of at most `words.LONGEST` characters."""
 NO_REPLY = "no reply"
 """Reason for a record without a reply from a model. The next run repeats the request."""
 

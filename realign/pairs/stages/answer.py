@@ -9,6 +9,7 @@ from realign.pairs.engines import Reply
 from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import (
     NO_REPLY,
+    TOO_LONG,
     Row,
     chat_images,
     engine_identity,
@@ -17,6 +18,7 @@ from realign.pairs.io.rows import (
     record_of,
 )
 from realign.pairs.io.texts import problem_of
+from realign.pairs.io.words import LONGEST
 from realign.pairs.prompts import answer_chat, parse_answer
 from realign.pairs.stages.base import ChatStage, Script
 
@@ -70,5 +72,5 @@ def _problem_of(reply: Reply, text: str | None) -> tuple[str, str] | None:
     if reply.cut:
         return "reply cut off", ""
     if not (text and text.strip()):
-        return "empty reply", ""
+        return (TOO_LONG, "") if len(reply.text) > LONGEST else ("empty reply", "")
     return problem_of(text)

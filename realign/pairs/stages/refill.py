@@ -18,6 +18,7 @@ from realign.pairs.infill.refill import infill, load_vlm
 from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import (
     NO_REPLY,
+    TOO_LONG,
     InvalidRecord,
     Row,
     by_id,
@@ -31,6 +32,7 @@ from realign.pairs.io.rows import (
 )
 from realign.pairs.io.shards import RowLookup
 from realign.pairs.io.texts import problem_of
+from realign.pairs.io.words import LONGEST
 from realign.pairs.masking.mask import Masked
 from realign.pairs.prompts import complete_chat, keeps_pieces, parse_completion
 from realign.pairs.stages.base import ChatStage, Script, rng_of
@@ -225,17 +227,17 @@ class Refill(ChatStage):
             if reply.cut:
                 reason = "cut off"
             elif text is None:
-                reason = "not completed"
+                reason = TOO_LONG if len(reply.text) > LONGEST else "not completed"
             elif not keeps_pieces(task.masked, text):
                 reason = "other words changed"
-            elif problem := problem_of(text):
-                reason, _ = problem
             self._note(task, place, text or "", not reply.cut, reason)
 
     def _note(self, task: _Task, place: int, text: str, closed: bool, reason: str) -> None:
         """Stores a completion. Without a `reason` to drop it, the text filters decide."""
         lexical = self.config.similarity == "lexical"
         tau = self.config.tau if lexical else float("inf")
+        if not reason and (problem := problem_of(text)):
+            reason, _ = problem
         reason = reason or reason_to_drop(task.record.chosen, text, tau) or ""
         task.attempts.append({"rank": place, "text": text, "closed": closed, "reason": reason})
         if not reason and not task.needs_attempt(place, self.config.candidates):
