@@ -488,6 +488,25 @@ def test_a_linked_description_is_not_read(folder, tmp_path):
     described(folder, lambda path: path.symlink_to(tmp_path / "elsewhere"))
 
 
+@pytest.mark.parametrize(
+    ("parts", "padding"),
+    [
+        ({"a": 5}, 0),
+        ({"a": {"b": "c"}}, 0),
+        ({"\x1b[2J": "a"}, 0),
+        ({"a": "\u202e"}, 0),
+        (PRINT, 99999),
+    ],
+)
+def test_the_description_of_a_well_named_folder_is_checked_too(folder, parts, padding):
+    """The folder has the digest of its description, which another user chose."""
+    other = folder / fingerprint_digest(parts)
+    other.mkdir()
+    (other / "table.json").write_text(" " * padding + json.dumps(parts))
+    with ReferenceCache(folder, PRINT | {"dtype": "bf16"}) as cache:
+        assert refcache.tables(folder)[other] == {} and cache.nearest() is None
+
+
 def described(folder, planted):
     """Open a table with a planted description next to another table, and write to it."""
     other = folder / fingerprint_digest(PRINT | {"dtype": "bf16"})
