@@ -94,9 +94,11 @@ def check_model(path: str | Path, place: str = "", *, weights: bool = False) -> 
     commit = None
     if Path(path).is_dir():
         _check_folder(Path(path), place)
-    elif (found := find_file(path, str(Path(place, "config.json")))) is None:
-        return None
     else:
+        names = ("config.json", "adapter_config.json", "modules.json")
+        files = (find_file(path, str(Path(place, name))) for name in names)
+        if (found := next(filter(None, files), None)) is None:
+            return None  # loading reports it
         commit = extract_commit_hash(found, None)
         _check_folder(Path(found).parents[len(Path(place).parts)], place, hub=True)
     for name in _JSON:

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import constants
 from tiny_vlms import make
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from realign.digits import ASSETS
 from realign.modeling import limits, model_files
@@ -271,6 +271,14 @@ def test_files_of_a_hub_name_are_checked(hub):
     file.write_text(text)
     with pytest.raises(ValueError, match="sets 'transformers_weights'"):
         load_model("team/digits")
+
+
+def test_files_of_an_adapter_on_the_hub_are_checked(hub):
+    (hub / "config.json").rename(hub / "adapter_config.json")
+    (hub / "tokenizer_config.json").unlink()
+    (hub / "tokenizer_config.json").write_text('{"vocab_file": "../secret"}')
+    with pytest.raises(ValueError, match="sets 'vocab_file'"):
+        from_pretrained(AutoProcessor, "team/digits")
 
 
 def test_a_pipe_in_the_cache_of_the_hub_does_not_hang(hub):

@@ -6,6 +6,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from tiny_vlms import make, random_images
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
@@ -130,6 +131,7 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, processor):
 
 def test_sentence_transformers_by_name(monkeypatch):
     """A fake package answers the calls with the mean colours of an image."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = []
 
     class Stand:

@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -281,6 +282,7 @@ class FakeSentences:
 
 
 def test_sentence_similarity_is_the_cosine(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     module = types.ModuleType("sentence_transformers")
     module.SentenceTransformer = FakeSentences
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
