@@ -44,7 +44,7 @@ def pages_of(file: BinaryIO, chunk: pq.ColumnChunkMetaData) -> Pages:
     """
     pages = Pages()
     starts = (chunk.dictionary_page_offset, chunk.data_page_offset)
-    place = min(start for start in starts if start is not None)
+    place = min((start for start in starts if start), default=0)  # 0: there is no such page
     end = place + chunk.total_compressed_size
     while place < end:
         header, length = _header(file, place)

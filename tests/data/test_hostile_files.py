@@ -170,7 +170,7 @@ def _bombs(folder):
     large = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
     pq.write_table(_table(99, _repeated(99, bytes(20 << 20))), folder / "rows.parquet", **large)
     pq.write_table(_table(1, _repeated(1, bytes(1 << 20), 2000)), folder / "row.parquet", **large)
-    nulls = pa.nulls(20_000_000, pa.struct([("path", pa.string())]))
+    nulls = pa.nulls(60_000_000, pa.struct([("path", pa.string())]))
     many = pa.ListArray.from_arrays(pa.array([0, len(nulls)], pa.int32()), nulls)
     pq.write_table(_table(1, many), folder / "nulls.parquet")
     delta = {"column_encoding": {"images.list.element.bytes": "DELTA_BYTE_ARRAY"}}
