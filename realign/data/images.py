@@ -31,6 +31,7 @@ MAX_BYTES = 4 * MAX_PIXELS
 """Limit on an encoded image: the size of an uncompressed RGBA image of `MAX_PIXELS`."""
 _MOST_SCANNED = 200 * MAX_PIXELS  # pixels times scans of a JPEG; usual are at most 14 scans
 _SHORTEST_SCAN = 10  # bytes
+_REPOSITORIES = ("datasets--", "models--", "spaces--")  # folders of the Hub's cache
 BACKGROUND = (255, 255, 255)  # behind transparent pixels, as in browsers
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _UPRIGHT = {  # EXIF orientation -> its inverse
@@ -146,11 +147,17 @@ class StoredImage:
 class DataFolder:
     """The folder that must contain the files of a data set, such as its images.
 
-    Symbolic links are resolved first. The links of a folder of many files are resolved once.
+    Symbolic links are resolved first. The links of a folder of many files are resolved once. Files
+    in the cache of the Hub are links to the blobs of their repository, and these are accepted.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.path = os.path.realpath(folder)
+        self._roots = [self.path]
+        for parent in Path(self.path).parents:
+            if parent.name.startswith(_REPOSITORIES):
+                snapshots, blobs = parent / "snapshots", parent / "blobs"
+                self._roots += [str(blobs)] * Path(self.path).is_relative_to(snapshots)
         self._resolved: dict[str, str] = {}  # folder as in a path -> folder without links
 
     @classmethod
@@ -187,7 +194,7 @@ class DataFolder:
                 file = os.path.realpath(file)
         except ValueError:  # also half of a surrogate pair
             raise ImageError("missing", f"{shorten(repr(path))} is not a file name") from None
-        if os.path.commonpath([self.path, file]) != self.path:
+        if all(os.path.commonpath([root, file]) != root for root in self._roots):
             detail = f"{shorten(repr(path))} is not in {shorten(self.path)}"
             raise ImageError("outside the folder", detail)
         return file

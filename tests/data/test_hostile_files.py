@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -69,6 +70,20 @@ def test_an_image_outside_the_folder_is_refused(places, path):
     assert data.count("data:image/png;base64") == 1 and data.count('"outside the folder"') == 1
     (found,) = [e for e in read_any(str(file)) if isinstance(e, InvalidRecord)]
     assert found.reason == "outside the folder"
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_has_the_blobs_of_its_repository(places):
+    repository = places / "datasets--someone--pairs"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    shutil.copy(places / "private" / "passport.png", repository / "blobs" / "4567")
+    (snapshot / "good.png").symlink_to("../../blobs/4567")
+    (record,) = read_pairs(_file(snapshot, "good.png"))
+    assert record.images[0].open("").size == (40, 40)
+    (snapshot / "bad.png").symlink_to(places / "private" / "passport.png")
+    with pytest.raises(RecordError, match="outside the folder"):
+        read_pairs(_file(snapshot, "bad.png"))
 
 
 def test_the_user_may_name_another_folder(places):
