@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from realign.data.records import Record, read_pairs
 from realign.digits import ASSETS
+from realign.modeling.loading import from_pretrained
 from realign.pairs.pipeline import PairsConfig, build_pairs
 from realign_kernels import linear_logprobs
 
@@ -38,13 +39,13 @@ def options(description: str) -> argparse.Namespace:
 def load(given: argparse.Namespace) -> tuple[nn.Module, object, list[Record]]:
     """Load the model with a frozen vision tower, its processor, and the records."""
     # In fp32, since bf16 weights would lose small updates.
-    model = AutoModelForImageTextToText.from_pretrained(given.model, dtype=torch.float32)
+    model = from_pretrained(AutoModelForImageTextToText, given.model, dtype=torch.float32)
     model.model.get_encoder("image").requires_grad_(False)
     path = given.pairs
     if path is None:
         path = f"{given.output}/pairs.parquet"
         build_pairs(PairsConfig(output=path, scenes=256, quiet=True))
-    return model, AutoProcessor.from_pretrained(given.model), read_pairs(path)
+    return model, from_pretrained(AutoProcessor, given.model), read_pairs(path)
 
 
 def batch_of(processor, records: Sequence[Record]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

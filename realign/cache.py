@@ -209,6 +209,10 @@ def compact(tables: CacheConfig) -> int:
         )
         if counts["logs_in_use"]:
             show(f"  {counts['logs_in_use']} log(s) are in use and were skipped")
+        if counts["logs_skipped"]:
+            show(
+                f"  {counts['logs_skipped']} log(s) of other users, or files that are no logs, stay"
+            )
     return unreadable
 
 

@@ -5,7 +5,6 @@ python -m realign.export --model runs/rdpo/model --output merged
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from realign.cli import one_line_errors, parse_sections
 from realign.evaluate.tables import Table, markdown, table_of
+from realign.files import read_json
 from realign.modeling.loading import DTYPES
 from realign.terminal import show
 from realign.third_party import silence_third_party
@@ -51,7 +51,7 @@ def evaluation_of(file: Path) -> str:
         ValueError: if the file is missing, or holds other figures.
     """
     try:
-        scores = json.loads(file.read_text(encoding="utf-8"))
+        scores = read_json(file)
         if not scores.get("scores", scores):
             raise ValueError("it is empty")
         if "scores" in scores:

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from realign.files import write_whole
+from realign.modeling.loading import from_pretrained
 from realign.training.export import export_whole
 
 _LMMS = {  # transformers' model type -> the wrapper of lmms-eval for it
@@ -45,7 +46,7 @@ def hand_off(model: str, output: str | Path) -> str:
         ValueError: if `output` is not empty, or there is no model at `model`.
     """
     output = export_whole(model, Path(output))
-    config = AutoConfig.from_pretrained(output)
+    config = from_pretrained(AutoConfig, output)
     kind, dtype = config.model_type, config.dtype
     place = str(output.resolve())
     lines = [f"wrote {output} ({kind}, {str(dtype).removeprefix('torch.')})"]

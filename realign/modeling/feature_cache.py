@@ -76,10 +76,18 @@ class FeatureCache(Mapping[str, Features]):
         directory: holds a folder for each fingerprint; created when needed.
         fingerprint: everything besides the image that features depend on
             (`reference_logps.fingerprint`).
+
+    Raises:
+        ValueError: when the fingerprint's folder is a symbolic link.
     """
 
     def __init__(self, directory: str | Path, fingerprint: Mapping[str, str]) -> None:
         self.folder = Path(directory) / refcache.fingerprint_digest(fingerprint)
+        if self.folder.is_symlink():
+            raise ValueError(
+                f"{self.folder} is a symbolic link, which may lead anywhere. Remove it, or set "
+                "$REALIGN_CACHE to another folder."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "about.json", json.dumps(dict(fingerprint), indent=2) + "\n")
         self._read: set[Path] = set()

@@ -172,6 +172,8 @@ def from_pretrained(
             f"no model could be loaded from {path} ({reason}). Pass a folder that holds a Hugging "
             "Face model with its processor, or the name of one on the Hub."
         ) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except TooLarge as error:
         raise ValueError(f"{path} is not loaded: {error}.") from error
     except Exception as error:  # a wrong value in a file raises errors of many types

@@ -133,6 +133,8 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
         _check_keys(adapted, keys.missing_keys, keys.unexpected_keys)
     except SafetensorError as error:
         raise ValueError(f"the adapter {path} is damaged ({error}). Copy it again.") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a wrong value in its configuration raises errors of many types
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise ValueError(

@@ -15,11 +15,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoConfig
 
 from realign.distributed import broadcast_from_rank0
-from realign.files import check_folder
+from realign.files import check_folder, read_limited
 from realign.modeling.loading import from_pretrained, load_model, load_processor
 from realign.modeling.merging import adapter_base, cast, merge, put_on
 from realign.modeling.model import ForestModel
 from realign.training.model_card import with_evaluation, without_adapter
+
+_MOST_CARD = 16 << 20  # bytes
 
 
 def stored_dtype(model: str) -> torch.dtype:
@@ -111,7 +113,7 @@ def export_whole(
         processor.save_pretrained(partial)
         card = None
         if (old_card := Path(model) / "README.md").exists():
-            card = old_card.read_text(encoding="utf-8")
+            card = read_limited(old_card, _MOST_CARD).decode()
             card = without_adapter(card) if adapter_base(model) else card
         if evaluation is not None:
             evaluated = with_evaluation(card, evaluation) if card else None

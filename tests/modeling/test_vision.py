@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +91,15 @@ def test_a_file_that_is_truncated_during_a_run_is_an_error_and_no_crash(cache):
     file.unlink()
     with pytest.raises(ValueError, match="was removed. Start the run again"):
         cache.get("b")
+
+
+def test_a_link_in_place_of_the_folder_is_refused(cache, tmp_path):
+    """Files would be written to the folder that the link names."""
+    victim, place = tmp_path / "victim", cache.folder
+    shutil.move(place, victim)
+    place.symlink_to(victim)
+    with pytest.raises(ValueError, match="is a symbolic link, which may lead anywhere"):
+        FeatureCache(tmp_path, {"weights": "a"})
 
 
 def test_permissions_follow_the_umask(cache):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fake_endpoint import KEY, Endpoint, chat_of, completion, engine_at, good, random_image
 
-from realign.pairs.engines import Reply, endpoint, make_engine
+from realign.pairs.engines import Reply, deadline, endpoint, make_engine
 from realign.pairs.engines.endpoint import parse_answer
 
 LIMIT = 0.7  # seconds of an exchange
@@ -254,7 +254,7 @@ def test_texts_of_a_server_are_printable_in_messages(monkeypatch):
     "unit", ["[],", "{},", '"a",', "1,", '{"a":0},', "[", '{"a":', "1", '"\\ud800",', " "]
 )
 def test_a_large_answer_is_read_in_a_second(unit):
-    size = 4 * 2**20 // len(unit)
+    size = deadline.MOST_BYTES // len(unit)
     for body in ("[" + unit * size, '{"choices":[' + unit * (size - 9) + "0]}"):
         start = time.process_time()
         reply = parse_answer(body.encode())
