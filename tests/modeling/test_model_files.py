@@ -442,7 +442,7 @@ def test_files_of_a_sentence_models_modules_are_checked(sentences, tmp_path):
         ("1_Pooling/pytorch_model.bin", "x", "is a pickle"),
         ("1_Pooling/config.json", '{"transformers_weights": "x.bin"}', "sets 'transformers_weigh"),
         ("modules.json", "{}", "not an array"),
-        ("modules.json", "[" * 200_000, "not JSON of a sensible depth"),
+        ("modules.json", "[" * 200_000, "nests its JSON too deeply"),
     ):
         changed = tmp_path / "changed"
         shutil.copytree(folder, changed)
