@@ -22,8 +22,10 @@ from realign.pairs.__main__ import main
 from realign.pairs.engines import Reply
 from realign.pairs.filters import text as text_filters
 from realign.pairs.filters.margin import visual_margins
+from realign.pairs.infill.refill import Completion
 from realign.pairs.io import shards
 from realign.pairs.pipeline import PairsConfig, build_pairs, digit_sources, run_stages
+from realign.pairs.stages import refill
 from realign.pairs.stages.assemble import Assembler
 from realign.pairs.stages.refill import Refill, _Task
 
@@ -108,6 +110,28 @@ def test_completions_that_change_other_words_are_not_used(tmp_path, engine):
     first = ["other words changed", "not completed", "cut off"]
     assert all(found[:3] == first[: len(found)] for found in reasons)
     assert any(found == [*first, ""] for found in reasons)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("nine \x1b[2J", "control characters"), ("nine <image>", "image token"), ("?!", "empty text")],
+)
+def test_completions_of_a_local_model_are_checked_too(text, reason, tmp_path, monkeypatch):
+    def infilled(vlm, processor, prompts, images, masked, **_):
+        return [Completion(text, True) for _ in prompts]
+
+    monkeypatch.setattr(refill, "infill", infilled)
+    config = config_in(tmp_path, scenes=8)
+    rows = stage_rows(run_stages(config, "refill").folders["refill"])
+    assert {attempt["reason"] for row in rows for attempt in row["attempts"]} == {reason}
+
+
+@pytest.mark.parametrize("length, reason", [(20_001, "reply too long"), (0, "not completed")])
+def test_a_reply_that_is_too_long_has_its_own_reason(length, reason, tmp_path, engine):
+    engine(lambda text: "nine " * length)
+    config = config_in(tmp_path, scenes=8, refill="prompt")
+    rows = stage_rows(run_stages(config, "refill").folders["refill"])
+    assert {attempt["reason"] for row in rows for attempt in row["attempts"]} == {reason}
 
 
 def test_an_engine_that_is_gone_stops_the_run_and_keeps_the_shards(
