@@ -22,6 +22,7 @@ from reprlib import repr
 from typing import Any
 
 from realign.terminal import show
+from realign.third_party import printable_messages
 
 _WIDEST = 100  # columns, since longer lines are hard to read
 _EMPTY: Mapping[str, Any] = {}
@@ -32,6 +33,7 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
 
     @wraps(main)
     def command(arguments: Sequence[str] | None = None) -> int:
+        printable_messages()
         try:
             return main(arguments)
         except (ValueError, OSError) as error:

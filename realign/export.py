@@ -14,7 +14,7 @@ from realign.cli import one_line_errors, parse_sections
 from realign.evaluate.tables import Table, markdown, table_of
 from realign.files import read_json
 from realign.modeling.loading import DTYPES
-from realign.terminal import show
+from realign.terminal import printable, show
 from realign.third_party import silence_third_party
 from realign.training.export import export_whole
 
@@ -59,12 +59,14 @@ def evaluation_of(file: Path) -> str:
         rows = []
         for name, rate in scores.items():
             value, low, high = (100 * float(rate[key]) for key in ("value", "low", "high"))
-            rows.append((name.replace("_", " "), f"{value:.1f} % [{low:.1f}, {high:.1f}]"))
+            rows.append(
+                (printable(name.replace("_", " ")), f"{value:.1f} % [{low:.1f}, {high:.1f}]")
+            )
     except FileNotFoundError:
         raise ValueError(
             f"{file} does not exist. Run realign.evaluate with --output to write it."
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{file} holds no figures of `realign.evaluate --output` ({error!r}). Give its JSON "
             "file for digits, or pope.json, chair.json or hallusionbench.json."

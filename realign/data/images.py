@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,13 @@ from realign.files import open_regular
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 4 * MAX_PIXELS
 """Limit on an encoded image: the size of an uncompressed RGBA image of `MAX_PIXELS`."""
+MAX_RATIO = 200
+"""Limit on the longer side by the shorter one, as in Qwen's processors. Those of CLIP enlarge the
+shorter side, so 370 bytes with 100,000 x 1 pixels would take 100 GB."""
+_MOST_PLAIN = 100_000
+"""Limit on a plain PNM in bytes, because Pillow skips its comments in quadratic time."""
+_TILE = (322, 323)
+"""TIFF tags of the sides of a tile."""
 _MOST_SCANNED = 200 * MAX_PIXELS  # pixels times scans of a JPEG; usual are at most 14 scans
 _SHORTEST_SCAN = 10  # bytes
 _REPOSITORIES = ("datasets--", "models--", "spaces--")  # folders of the Hub's cache
@@ -109,6 +117,10 @@ class StoredImage:
         ):
             if image.format in ("JPEG", "MPO"):
                 _check_scans(file, image.width * image.height)
+            elif image.format == "PPM":
+                _check_plain(file)
+            elif image.format == "TIFF":
+                _check_tile(image, max_pixels)
             return _to_rgb(image, max_pixels)
 
     def _encoded(self) -> BinaryIO:
@@ -149,10 +161,15 @@ class DataFolder:
 
     Symbolic links are resolved first. The links of a folder of many files are resolved once. Files
     in the cache of the Hub are links to the blobs of their repository, and these are accepted.
+
+    Args:
+        folder: the folder. Relative paths start here.
+        start: where else relative paths start, for files that are not in `folder` under this path.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, start: str | Path | None = None) -> None:
         self.path = os.path.realpath(folder)
+        self._starts = [self.path] + ([] if start is None else [os.path.realpath(start)])
         self._roots = [self.path]
         for parent in Path(self.path).parents:
             if parent.name.startswith(_REPOSITORIES):
@@ -164,16 +181,19 @@ class DataFolder:
     def of_images(cls, data: Path, images: str | Path | None) -> DataFolder:
         """The folder `images`, by default the folder of the data set.
 
+        Relative paths start at either.
+
         Raises:
             ValueError: when `images` is not a folder.
         """
+        own = data if data.is_dir() else data.parent
         if images is None:
-            return cls(data if data.is_dir() else data.parent)
+            return cls(own)
         if not Path(images).is_dir():
             raise ValueError(
                 f"--image-folder {images} is not a folder. Pass the folder of the images."
             )
-        return cls(images)
+        return cls(images, own)
 
     def file(self, path: str) -> str:
         """The absolute path of a file in the folder, without links.
@@ -183,21 +203,28 @@ class DataFolder:
         Raises:
             ImageError: "outside the folder" for a file that is not in the folder.
         """
-        folder, name = os.path.split(os.path.join(self.path, path))
         try:
             if "\0" in path:
                 raise ValueError("a null byte")
-            if folder not in self._resolved:
-                self._resolved[folder] = os.path.realpath(folder)
-            file = os.path.join(self._resolved[folder], name)
-            if name in ("", ".", "..") or os.path.islink(file):
-                file = os.path.realpath(file)
+            places = [self._place(os.path.join(start, path)) for start in self._starts]
         except ValueError:  # also half of a surrogate pair
             raise ImageError("missing", f"{shorten(repr(path))} is not a file name") from None
+        file = places[0]
+        if len(places) > 1 and not os.path.exists(file):
+            file = next(filter(os.path.exists, places), file)
         if all(os.path.commonpath([root, file]) != root for root in self._roots):
-            detail = f"{shorten(repr(path))} is not in {shorten(self.path)}"
+            named = shorten(repr(path))
+            detail = f"{named} leads to {shorten(file)}, which is not in {shorten(self.path)}"
             raise ImageError("outside the folder", detail)
         return file
+
+    def _place(self, path: str) -> str:
+        """A path without links."""
+        folder, name = os.path.split(path)
+        if folder not in self._resolved:
+            self._resolved[folder] = os.path.realpath(folder)
+        file = os.path.join(self._resolved[folder], name)
+        return os.path.realpath(file) if name in ("", ".", "..") or os.path.islink(file) else file
 
 
 def _check_scans(file: BinaryIO, pixels: int) -> None:
@@ -210,6 +237,23 @@ def _check_scans(file: BinaryIO, pixels: int) -> None:
         if pixels * scans > _MOST_SCANNED:
             raise ImageError("corrupt", f"it is a JPEG of {scans:,} scans")
     file.seek(place)
+
+
+def _check_plain(file: BinaryIO) -> None:
+    """Refuse a large PNM in text."""
+    place, size = file.seek(0, os.SEEK_CUR), file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if size > _MOST_PLAIN and file.read(2) in (b"P1", b"P2", b"P3"):
+        raise ImageError("too large", f"a plain PNM has at most {_MOST_PLAIN:,} bytes; use PNG")
+    file.seek(place)
+
+
+def _check_tile(image: Image.Image, max_pixels: int) -> None:
+    """Refuse a TIFF with tiles above the limit, which libtiff decodes in full."""
+    tags = getattr(image, "tag_v2", {})
+    sides = [tags.get(tag, 0) for tag in _TILE]
+    if any(not isinstance(side, int) for side in sides) or math.prod(sides) > max_pixels:
+        raise ImageError("too large", f"its tiles have {sides[0]} x {sides[1]} pixels")
 
 
 def _opened(path: str) -> BinaryIO:
@@ -254,6 +298,8 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError("too large", f"{width} x {height} is more than {max_pixels} pixels")
+    if max(width, height) > MAX_RATIO * max(1, min(width, height)):
+        raise ImageError("too large", f"{width} x {height} is a ratio of more than {MAX_RATIO}")
     if width * height == 0:
         raise ImageError("corrupt", f"its size is {width} x {height} pixels")
     # An MPO, a phone's JPEG with further images, is not an animation.

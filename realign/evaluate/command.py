@@ -180,7 +180,9 @@ def compare(args: argparse.Namespace) -> str:
     for file in dict.fromkeys(file for file, _ in first):
         keys = [key for key in first if key[0] == file]
         before, after = [first[key] for key in keys], [second[key] for key in keys]
-        clusters = np.array([line["image"] or line["id"] for line in before])
+        numbers: dict[str, int] = {}
+        names = (str(line["image"] or line["id"]) for line in before)
+        clusters = np.array([numbers.setdefault(image, len(numbers)) for image in names])
         lines.append(name or Path(file).stem)
         for rule in yesno.RULES:
             right = [
@@ -209,6 +211,8 @@ def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, A
         if "label" in line:
             if not {"question", "image"} <= line.keys() or not _POPE["label"][0](line["label"]):
                 raise ValueError(f"{path}: answer {line['id']!r} has no question, image or label.")
+            if not files.is_text(line["question"]) or not isinstance(line["image"], str | None):
+                raise ValueError(f"{path}: question or image of answer {line['id']!r} is no text.")
             labelled[name or line["file"], line["id"]] = line
     if not labelled:
         raise ValueError(f"{path} has no labels. `compare` needs yes/no answers.")

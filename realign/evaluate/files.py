@@ -29,7 +29,7 @@ def is_text(value: Any) -> bool:
 
 def is_key(value: Any) -> bool:
     """Whether a value is an id: a number or text."""
-    return type(value) is int or is_text(value)
+    return _is_int(value) or is_text(value)
 
 
 TEXT: Field = (is_text, "text")
@@ -176,7 +176,8 @@ def _coco(
 
 
 def _is_int(value: Any) -> bool:
-    return type(value) is int
+    """Whether a value is an id. Larger numbers could all have one hash, as keys of a dict."""
+    return type(value) is int and abs(value) < 1 << 60
 
 
 def _surrogate(character: str) -> bool:

@@ -38,6 +38,8 @@ from realign_kernels import refcache
 _FILE_BYTES = 128 << 20
 _MOST_HEADER = 16 << 20  # bytes; a file of 128 MB has far below 1 MB
 _MOST_TENSOR = 1 << 30  # bytes; LLaVA-1.5 has 5 MB per image
+_MOST_SIDES = 8
+"""Limit on the dimensions of a tensor. The product of millions of sides takes an hour."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -190,6 +192,8 @@ def _read_header(path: Path) -> dict[str, dict[str, _Stored]]:
             first, last = tensor["data_offsets"]
             if {type(number) for number in (*shape, first, last, checksum)} != {int}:
                 raise ValueError(f"tensor {image}/{name} has no shape")
+            if len(shape) > _MOST_SIDES or max(shape, default=0) > _MOST_TENSOR:
+                raise ValueError(f"tensor {image}/{name} has another shape")
             if not 0 <= first <= last <= end - 8 - size or min(shape, default=0) < 0:
                 raise ValueError(f"tensor {image}/{name} ends behind the file")
             if last - first > _MOST_TENSOR or math.prod(shape) * dtype.itemsize != last - first:

@@ -38,6 +38,7 @@ from realign.pairs.stats import (
 from realign.terminal import show
 
 _TEMPLATE = Path(__file__).with_name("gallery.html")
+_OUTSIDE = "outside the folder"  # reason of an ImageError
 _SMALL = 128  # pixels; images up to this size are not reduced, and are shown with sharp pixels
 
 
@@ -68,6 +69,13 @@ def write_gallery(
         FileNotFoundError: when `pairs` does not exist.
         ValueError: for a file without pairs, or a number out of range.
     """
+    return _write(pairs, output, image_folder, most, side)[:2]
+
+
+def _write(
+    pairs: str | Path, output: str | Path, image_folder: str | Path | None, most: int, side: int
+) -> tuple[int, int, int]:
+    """The numbers of `write_gallery`, and the number of images outside the folder."""
     for name, value, least in (("most", most, 0), ("side", side, 16)):
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}.")
@@ -93,7 +101,8 @@ def write_gallery(
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(_page(name, data), encoding="utf-8")
-    return len(cards), total
+    outside = sum(image.get("problem") == _OUTSIDE for image in album.images)
+    return len(cards), total, outside
 
 
 def _card(row: dict | Malformed, place: str, album: _Album) -> dict[str, Any]:
@@ -262,13 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     check_file("--output", args.output)
-    shown, total = write_gallery(
-        args.pairs,
-        args.output,
-        image_folder=args.image_folder,
-        most=args.most,
-        side=args.side,
-    )
+    shown, total, outside = _write(args.pairs, args.output, args.image_folder, args.most, args.side)
     size = Path(args.output).stat().st_size / 1e6
     show(f"wrote {args.output}: {shown} of {total} pairs, {size:.1f} MB")
+    if outside:
+        show(f"{outside} images are outside the folder and are not shown. Pass --image-folder.")
     return 0

@@ -5,6 +5,8 @@ import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,26 @@ def test_errors_of_commands_are_printable(capsys):
     assert capsys.readouterr().err == "error: no \\x1b]0;title\\x07 model\n"
     show("\x1b[2K", error=False)
     assert capsys.readouterr().out == "\\x1b[2K\n"
+
+
+LOGS = r"""
+import logging, warnings
+from realign.cli import one_line_errors
+
+@one_line_errors
+def main(arguments=None):
+    logging.getLogger("transformers").warning("type %r, \x1b[2K", "\x1b]0;t")
+    warnings.warn("a \x1b[2J tag")
+    return 0
+
+main([])
+"""
+
+
+def test_log_records_and_warnings_of_other_libraries_are_printable():
+    done = subprocess.run([sys.executable, "-c", LOGS], capture_output=True, text=True, check=True)
+    assert "\\x1b[2K" in done.stderr and "a \\x1b[2J tag" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 def test_a_long_text_is_cut_in_the_middle_and_marked():

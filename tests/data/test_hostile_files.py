@@ -24,7 +24,7 @@ from realign.data.images import StoredImage
 from realign.data.records import RecordError, read_pairs, write_pairs
 from realign.data.tables import weight
 from realign.evaluate.answering import Question, prepare, read_answers
-from realign.evaluate.files import read_captions, read_rows, read_synonyms
+from realign.evaluate.files import read_captions, read_instances, read_rows, read_synonyms
 from realign.files import open_lock
 from realign.hf.records import records_of
 from realign.pairs.gallery import write_gallery
@@ -86,6 +86,17 @@ def test_a_snapshot_in_the_cache_of_the_hub_has_the_blobs_of_its_repository(plac
         read_pairs(_file(snapshot, "bad.png"))
 
 
+def test_relative_paths_start_at_the_named_folder_or_at_the_own_one(places):
+    """Images in linked folders, as in the usual layout of LLaVA's data."""
+    (places / "download" / "coco").symlink_to(places / "private")
+    file = _file(places / "download", "coco/passport.png")
+    with pytest.raises(RecordError, match="leads to .*private/passport.png, which is not in"):
+        read_pairs(file)
+    for path in ("coco/passport.png", "../private/passport.png", "private/passport.png"):
+        (record,) = read_pairs(_file(places / "download", path), places)
+        assert record.images[0].open("").getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_the_user_may_name_another_folder(places):
     file = _file(places / "download", str(places / "private" / "passport.png"))
     (record,) = read_pairs(file, places)
@@ -142,6 +153,33 @@ def test_a_large_encoded_image_is_refused(tmp_path, monkeypatch):
     for stored in (StoredImage(data), StoredImage(path=str(tmp_path / "a.png"))):
         with pytest.raises(RecordError, match="bytes are more than"):
             stored.open("r")
+
+
+@pytest.mark.parametrize("size", [(10_001, 50), (1, 201)])
+def test_an_image_that_a_processor_would_enlarge_to_gigabytes_is_refused(size):
+    with pytest.raises(RecordError, match="is a ratio of more than 200"):
+        StoredImage.from_pil(Image.new("L", (8, 8))).open("x")  # a usual image is read
+        StoredImage(encode(Image.new("L", size))).open("x")
+
+
+def test_a_plain_pnm_of_comments_is_refused_soon():
+    """Pillow skips them in quadratic time: 17 s for 1 MB."""
+    assert StoredImage(b"P2\n2 1\n255\n0 255\n").open("x").size == (2, 1)
+    start = time.perf_counter()
+    for magic in (b"P1", b"P2", b"P3"):
+        with pytest.raises(RecordError, match="a plain PNM has at most 100,000 bytes"):
+            StoredImage(magic + b"\n8 8\n255\n0 \n" + b"#\n" * 500_000).open("x")
+    assert time.perf_counter() - start < 2
+
+
+def test_a_tiff_with_giant_tiles_is_refused():
+    sides = 8000, 8000  # 64 million pixels for an image of 16 x 16
+    entries = [(256, 16), (257, 16), (258, 8), (259, 1), (262, 1), (277, 1)]
+    entries += [(322, sides[0]), (323, sides[1]), (324, 8), (325, 8)]
+    packed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    header = b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+    with pytest.raises(RecordError, match="its tiles have 8000 x 8000 pixels"):
+        StoredImage(header).open("x")
 
 
 def test_a_jpeg_of_many_scans_is_refused():
@@ -238,6 +276,26 @@ def test_memory_is_bounded_for_files_that_decode_to_gigabytes(tmp_path):
     assert int(result.stdout) < 700  # MB, half of it is for Python and Arrow
 
 
+def test_fixed_sizes_count_as_well(tmp_path):
+    """A dictionary of one value of 20 MB, and 100 rows of zeros of that width."""
+    value = pa.py_buffer(bytes(20 << 20))
+    one = pa.FixedSizeBinaryArray.from_buffers(pa.binary(20 << 20), 1, [None, value])
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int8()), one)
+    assert weight(repeated) > 1 << 30 and weight(one) > 20 << 20
+    schema = pa.schema([("images", pa.list_(pa.struct([("bytes", pa.binary(20 << 20))])))])
+    for name in TEXTS:
+        schema = schema.append(pa.field(name, pa.string()))
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30}
+    with pq.ParquetWriter(tmp_path / "fixed.parquet", schema, **options) as writer:
+        structs = pa.StructArray.from_arrays([one], ["bytes"])
+        images = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), structs)
+        row = pa.table({"images": images} | {n: [t] for n, t in TEXTS.items()}, schema=schema)
+        for _ in range(20):
+            writer.write_table(row)
+    with pytest.raises(ValueError, match="decodes to more than 16 times its size"):
+        read_pairs(tmp_path / "fixed.parquet")
+
+
 def test_usual_repetitions_are_read(tmp_path):
     image = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), "u1")))
     pq.write_table(_table(2000, _repeated(2000, image)), tmp_path / "same.parquet")
@@ -314,6 +372,23 @@ def test_the_time_for_repeated_keys_is_linear():
 
     seconds(1000)
     assert seconds(40_000) < 20 * 16 * max(seconds(2500), 1e-4)
+
+
+def test_ids_with_one_hash_are_refused(tmp_path):
+    """Python hashes all multiples of 2^61 - 1 to 0, so a dict of them takes quadratic time."""
+    ids = [{"id": i * (2**61 - 1), "name": "dog"} for i in range(1, 3)]
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps({"images": [], "annotations": [], "categories": ids}))
+    with pytest.raises(ValueError, match="in `categories`, which lacks id"):
+        read_instances(file)
+
+
+def test_an_import_of_invalid_records_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(importers, "_MOST_INVALID", 50)
+    good = {"image": "x.png", "question": "q", "chosen": "a", "rejected": "b"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + "0\n" * 100)
+    with pytest.raises(ValueError, match="has more than 50 invalid records. One is 'a.jsonl:"):
+        importers.import_pairs(str(tmp_path / "a.jsonl"), None, str(tmp_path / "o.parquet"))
 
 
 def test_a_large_json_file_is_refused(tmp_path, monkeypatch):

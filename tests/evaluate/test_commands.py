@@ -1,6 +1,8 @@
 """`python -m realign.evaluate pope|chair|hallusionbench|compare` on generated images."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from runs import arguments
@@ -176,6 +178,27 @@ def test_two_files_of_any_names_are_compared(tmp_path, capsys):
     _answered(tmp_path / "a" / "before.jsonl", ["yes"] * 4)
     assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     assert "different questions: 8 are in only one" in capsys.readouterr().err
+
+
+def test_a_giant_image_name_takes_no_memory_for_each_line(tmp_path, capsys):
+    """An array of texts would take 4,000 times the longest name, 8 GB."""
+    lines = [{"asked": {}}] + [
+        {"id": str(i), "question": "q", "image": "y", "label": "yes", "answer": "yes"}
+        for i in range(4000)
+    ]
+    lines[1]["image"] = "x" * 500_000
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    script = "import resource, sys; from realign.evaluate.command import run; "
+    script += "run(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    command = [sys.executable, "-c", script, "compare", *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 2_000_000  # kB
+    lines[1]["image"] = {"a": 1}
+    files[0].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluate.main(["compare", *map(str, files)]) == 1
+    assert "question or image of answer '0' is no text" in capsys.readouterr().err
 
 
 def test_files_with_other_questions_under_their_ids_are_not_compared(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from shlex import quote
 
 from PIL import Image
 
@@ -29,7 +30,9 @@ class ImagePaths:
     def note(self, output: str | Path, folder: DataFolder) -> str:
         """The flag that other commands need to read the images, or "" if they need none."""
         beside = Path(folder.path).is_relative_to(Path(output).resolve().parent)
-        return "" if beside or not self._any else f"; read it with --image-folder {folder.path}"
+        if beside or not self._any:
+            return ""
+        return f"; read it with --image-folder {quote(folder.path)}"
 
 
 def load_image(stored: StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

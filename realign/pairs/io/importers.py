@@ -39,6 +39,7 @@ _NEEDED = ("prompt", "images")
 """Columns that a table must have. The pipeline can write missing responses."""
 _MOST_JSON = 2 << 30
 """Limit on a JSON file, in bytes: twice LLaVA's llava_v1_5_mix665k.json. JSON lines have none."""
+_MOST_INVALID = 1_000_000
 Items = Iterator[tuple[str, Any]]
 """Objects of a file, each with its place."""
 
@@ -117,6 +118,12 @@ def _import_pairs(
                 yield result
             else:
                 invalid.append(result)
+            if len(invalid) > _MOST_INVALID:  # each takes 730 bytes
+                raise ValueError(
+                    f"{data} has more than {_MOST_INVALID:,} invalid records. One is "
+                    f"{short_repr(invalid[-1].record)}: {invalid[-1].reason} "
+                    f"({invalid[-1].detail}). Check --format and --image-folder."
+                )
 
     typed = preferred = False
     for entry in read_any(data, format=format, images=images):  # nothing is decoded
