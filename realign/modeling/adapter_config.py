@@ -141,6 +141,8 @@ def _checked(given: dict[str, Any]) -> tuple[type[PeftConfig], dict[str, Any]]:
         raise ValueError(
             f"PEFT {peft.__version__} does not know {shorten(', '.join(lost))}. {_SAVE_AGAIN}"
         )
+    if given.get("layers_pattern") == "":  # unset
+        del given["layers_pattern"]
     given = {name: value for name, value in given.items() if name in known}
     for name, value in given.items():
         _check(name, value, hints[name])
@@ -176,7 +178,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
     listed = name in _EXPRESSIONS and not isinstance(value, str)
     if name in _NAMES or listed or (name in _TOKENS and isinstance(value, dict)):
         for entry in [value] if isinstance(value, str) else value or ():
-            if entry and not _NAME.fullmatch(str(entry)):
+            if not _NAME.fullmatch(str(entry)):
                 raise ValueError(
                     f"{name} holds {short_repr(entry)}, which is no name of modules. {_LIST}"
                 )
@@ -302,7 +304,7 @@ def _plain_keys(
             continue
         whole = _WHOLE_KEY.format(key)
         if config.peft_type == PeftType.OSF:  # it calls re.search
-            whole = f"(?s:.*?)(?:{key})(?s:.*)"
+            whole = f".*?(?:{key}).*"
         if matched := set(_matches(field, whole, waiting, end)):
             found["^(?:" + "|".join(map(re.escape, sorted(matched))) + ")$"] = value
             waiting = [name for name in waiting if name not in matched]

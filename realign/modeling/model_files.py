@@ -109,13 +109,21 @@ def check_model(path: str | Path, place: str = "", *, weights: bool = False) -> 
     return commit
 
 
-def weights_size(path: str | Path, commit: str | None = None) -> int:
-    """Bytes of a model's safetensors files."""
+def most_numbers(path: str | Path, commit: str | None = None) -> int:
+    """Numbers that a model may register for its safetensors files, see `limits.limited`.
+
+    One per byte, or four for quantized weights. A byte holds two numbers in 4 bits, and
+    transformers builds each quantized layer twice.
+    """
     names = {_WEIGHTS}
     if not find_file(path, _WEIGHTS, commit) and (file := find_file(path, INDEX, commit)):
         names = set(read_json(file)["weight_map"].values())
     files = [file for name in names if (file := find_file(path, name, commit))]
-    return sum(os.path.getsize(file) for file in files)
+    config = find_file(path, "config.json", commit)
+    quantized = config and any(
+        key == "quantization_config" for key, _ in _entries(read_json(config))
+    )
+    return sum(os.path.getsize(file) for file in files) * (4 if quantized else 1)
 
 
 def find_file(path: str | Path, name: str, commit: str | None = None) -> str | None:

@@ -213,7 +213,7 @@ RANKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [LoraConfig, peft.LoHaConfig, peft.HiraConfig])
+@pytest.mark.parametrize("kind", [LoraConfig, peft.LoHaConfig, peft.DeloraConfig])
 def test_keys_of_patterns_give_the_ranks_of_peft(base, kind):
     config = kind(r=4, target_modules=r".*text_model.*_proj", rank_pattern=dict(RANKS))
     truth = ranks(peft.get_peft_model(load_base(base), copy.deepcopy(config)))

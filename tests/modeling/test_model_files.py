@@ -17,6 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from tiny_vlms import make
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -358,6 +359,19 @@ def test_the_limit_of_a_model_counts_numbers_and_tensors(monkeypatch):
     monkeypatch.setattr(limits, "_MOST_TENSORS", 3)
     with limits.limited(lambda: 100), pytest.raises(ValueError, match="in 4 tensors"):
         nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+
+
+def test_quantized_weights_allow_four_numbers_per_byte(model, monkeypatch):
+    """Weights in 4 bits, and each of their layers is built twice."""
+    monkeypatch.setattr(limits, "_FREE", 0)
+    numbers = load_model(model).num_parameters()
+    assert model_files.most_numbers(model) == (model / "model.safetensors").stat().st_size
+    state = {name: v.to(torch.uint8) for name, v in load_model(model).state_dict().items()}
+    halves = {name: v.flatten()[: (v.numel() + 1) // 2].clone() for name, v in state.items()}
+    save_file(halves, model / "model.safetensors")
+    assert model_files.most_numbers(model) < numbers
+    change(model, "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    assert model_files.most_numbers(model) >= 2 * numbers
 
 
 def test_other_loaders_check_files_too(model):
