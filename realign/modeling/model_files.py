@@ -72,6 +72,10 @@ _FEWEST_PIXELS = 1 << 24  # smaller images are enlarged to this number
 _LONGEST_SIDE = 8192
 _MOST_TILES = 4096  # Pix2Struct has 2048. InternVL tries every pair of numbers up to its own.
 _MOST_OF_PROCESSOR = 1 << 24  # of other numbers, such as ids, tokens of an image and samples
+_TEMPLATES = "additional_chat_templates"
+_NEEDED = (".json", ".jinja", ".safetensors", ".model", ".tiktoken", ".spm")
+_TEXTS = (".txt", ".bpe", ".codes", ".tokenizer")
+"""Suffixes of files that transformers, PEFT and sentence-transformers open."""
 _SHARD = re.compile(r"shard-.*\.safetensors")
 
 
@@ -159,21 +163,31 @@ def _check_folder(folder: Path, place: str, *, hub: bool = False) -> None:
     for parent in (root, *root.parents):
         if parent.name.startswith("models--") and root.is_relative_to(parent / "snapshots"):
             root = parent
-    for inside in (folder / place, folder / place / "additional_chat_templates"):
+    for inside in (folder / place, folder / place / _TEMPLATES):
         for entry in os.scandir(inside) if inside.is_dir() else ():
             file = Path(entry.path)
+            if not _is_read(file, hub):
+                continue
             if not hub and not file.resolve().is_relative_to(root):
                 raise ValueError(
                     f"{file} leads to {file.resolve()}, outside of the model's folder, and such "
-                    "files are not read. Replace the link by the file, or by a hard link (ln)."
+                    "files are not read. Replace the link by the file or by a hard link (ln), copy "
+                    "the folder with cp -rL, or pass the model's Hub name."
                 )
-            if not entry.is_dir() and (file.exists() or not hub):
+            if not entry.is_dir():
                 open_regular(file).close()
             if _SHARD.fullmatch(entry.name):
                 raise ValueError(
                     f"{file} belongs to a distributed checkpoint, which is not read as a model. "
                     "Save the model with save_pretrained."
                 )
+
+
+def _is_read(file: Path, hub: bool) -> bool:
+    """Whether loading, or the export of a model card, reads a file or a folder of this name."""
+    if not file.exists() and (hub or file.suffix not in _NEEDED):  # a link that leads nowhere
+        return False
+    return file.suffix in (*_NEEDED, *_TEXTS) or file.name in (_TEMPLATES, "README.md")
 
 
 def _check_fields(file: Path, fields: dict[str, Any]) -> None:
@@ -242,6 +256,9 @@ def _why_opened(key: str, value: Any) -> str | None:
     """Why an entry of a tokenizer's configuration is refused: it is a path that may be opened."""
     if not isinstance(value, str) or key in _UNREAD or not _OPENED.fullmatch(key):
         return None
+    if key in ("vocab_file", "merges_file") and Path(value).is_absolute():
+        if not os.path.lexists(value):  # of the author's machine; only files that exist are opened
+            return None
     if key in ("vocab", "merges") or not _PLAIN_NAME.fullmatch(value) or value == "..":
         return "it names a file in another place"
     return None

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ from realign.modeling.sentence_models import load_sentence_model
 from realign.pairs.engines.chat import Chat
 from realign.pairs.engines.transformers_engine import TransformersEngine
 from realign.pairs.retrieval.embed import Embedder
+from realign.training.export import export_whole
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -159,6 +161,7 @@ def test_common_fields_of_real_models_are_accepted(model):
     change(
         model, "tokenizer_config.json", name_or_path="/author/llava", tokenizer_file=None,
         special_tokens_map_file="/author/special_tokens_map.json", vocab_file=None,
+        merges_file="/author/merges.txt",
     )  # fmt: skip
     change(
         model, "config.json", _name_or_path="/author/x", attn_implementation="sdpa",
@@ -207,7 +210,7 @@ def test_a_link_out_of_the_folder_is_refused(model, tmp_path, name):
     (model / name).symlink_to(tmp_path / "secret")
     for load in (load_model, load_processor):
         with pytest.raises(
-            ValueError, match=f"{name} leads to .*secret, outside .* by a hard link"
+            ValueError, match=f"{name} leads to .*secret, outside .* hard link .* cp -rL"
         ):
             load(model)
     (model / name).unlink()
@@ -215,6 +218,24 @@ def test_a_link_out_of_the_folder_is_refused(model, tmp_path, name):
     load_all(model)
     (tmp_path / "linked").symlink_to(model)  # a link to the folder itself
     load_all(tmp_path / "linked")
+
+
+def test_links_that_loading_does_not_read_are_accepted(model, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (model / "runs").symlink_to(tmp_path / "runs")
+    for name in ("README.md", "notes.txt"):
+        (model / name).unlink(missing_ok=True)
+        (model / name).symlink_to(tmp_path / "missing")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.path.relpath(model / "s"))
+    server.close()
+    load_all(model)
+    export_whole(str(model), tmp_path / "exported")
+    (tmp_path / "secret").write_text("secret")
+    (model / "README.md").unlink()
+    (model / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="README.md leads to"):
+        export_whole(str(model), tmp_path / "other")
 
 
 def test_a_folder_of_templates_may_not_be_a_link(model, tmp_path):
