@@ -68,6 +68,12 @@ _MODULES = re.compile(r"[\w.\-^$]*(\*[\w.\-^$]*){0,2}")
 _LAYERS = re.compile(r".*(layers?|depths?)")
 _MOST_LAYERS = 1024  # The deepest known model has 126. A list with an entry per layer is built.
 _MOST_LABELS = 1_000_000  # a name per label is built
+_COUNTS_PIXELS = re.compile(
+    r"(CohereCompass|Cosmos3Edge|Ernie4_5_?VL_?Moe|Glm\w*|HunYuanVL|MiniMaxM3VL|NeoMME|PaddleOCRVL|"
+    r"Qwen[\d_]*VL|VideoLlama3)(Image|Video)Processor(Fast|Pil)?"
+)
+"""Classes whose two edges are numbers of pixels."""
+_SHORTEST_SIDE = 1024  # known models use up to 800
 _FEWEST_PIXELS = 1 << 24  # smaller images are enlarged to this number
 _LONGEST_SIDE = 8192
 _MOST_TILES = 4096  # Pix2Struct has 2048. InternVL tries every pair of numbers up to its own.
@@ -197,6 +203,7 @@ def _check_fields(file: Path, fields: dict[str, Any]) -> None:
         checks.append(_why_opened)
     if file.name in _PROCESSOR:
         checks.append(_why_large)
+        _check_edges(file, fields)
     for key, value in _entries(fields):
         if why := next(filter(None, (check(key, value) for check in checks)), None):
             raise ValueError(
@@ -267,19 +274,51 @@ def _why_opened(key: str, value: Any) -> str | None:
 def _why_large(key: str, value: Any) -> str | None:
     """Why a size in a processor's configuration is refused: an image would take gigabytes."""
     most = _MOST_OF_PROCESSOR
-    if isinstance(value, dict):
-        edges = [value[name] for name in ("shortest_edge", "longest_edge") if value.get(name)]
-        if not edges:
-            return None
-        # Two edges may be numbers of pixels, and images smaller than the first are enlarged.
-        value, most = edges[0], _FEWEST_PIXELS if len(edges) == 2 else _LONGEST_SIDE
-    elif "edge" in key or key == "max_pixels":
+    if "edge" in key or key.endswith("max_length"):
+        return None
+    if key.endswith("pixels") and "min" not in key:  # a budget, such as total_pixels of a video
         return None
     elif key in ("height", "width") or key.endswith("size"):
         most = _LONGEST_SIDE
     elif "patches" in key or "tiles" in key:
         most = _MOST_TILES
     return f"the limit is {most:,}" if isinstance(value, int) and value > most else None
+
+
+def _check_edges(file: Path, fields: dict[str, Any]) -> None:
+    """Refuse a `size` in a processor's configuration that enlarges images to gigabytes.
+
+    `shortest_edge` enlarges an image of any aspect ratio up to `longest_edge`. In some classes the
+    two are numbers of pixels, and smaller images are enlarged to the first.
+    """
+    parts = [fields]
+    while parts:
+        part = parts.pop()
+        kinds = (part.get("image_processor_type"), part.get("video_processor_type"))
+        counts = any(isinstance(kind, str) and _COUNTS_PIXELS.fullmatch(kind) for kind in kinds)
+        for key, value in part.items():
+            inner = value if isinstance(value, list) else [value]
+            parts += [item for item in inner if isinstance(item, dict)]
+            sides = {"shortest_edge": value} if key == "size" and isinstance(value, int) else value
+            if not isinstance(sides, dict):
+                continue
+            shortest, longest = _edge(sides, "shortest_edge"), _edge(sides, "longest_edge")
+            name, most, given = "shortest_edge", _SHORTEST_SIDE, shortest
+            if longest and counts:
+                most = _FEWEST_PIXELS
+            elif not shortest:
+                name, most, given = "longest_edge", _LONGEST_SIDE, longest
+            elif 0 < longest <= _LONGEST_SIDE:
+                continue
+            if given > most:
+                raise ValueError(
+                    f"{file} sets {short_repr(key)} to {short_repr(value)}: the limit of {name} is "
+                    f"{most:,}. Use another model, or lower the number."
+                )
+
+
+def _edge(size: dict[str, Any], name: str) -> int:
+    return value if isinstance(value := size.get(name), int) else 0
 
 
 def _check_index(file: Path) -> None:

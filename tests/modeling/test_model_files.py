@@ -144,6 +144,10 @@ def test_an_index_of_good_names_is_read(model):
         ("preprocessor_config.json", {"size": {"height": 10**5, "width": 10**5}}),
         ("preprocessor_config.json", {"crop_size": 10**5}),
         ("preprocessor_config.json", {"size": {"shortest_edge": 10**5}}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 1025}}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 1025, "longest_edge": 10**6}}),
+        ("preprocessor_config.json", {"size": {"longest_edge": 8193}}),
+        ("preprocessor_config.json", {"size": 1025}),
         ("preprocessor_config.json", {"min_pixels": 10**9}),
         ("processor_config.json", {"image_processor": {"max_patches": 10**9}}),
         ("processor_config.json", {"image_seq_length": 10**9}),
@@ -169,8 +173,30 @@ def test_common_fields_of_real_models_are_accepted(model):
     )  # fmt: skip
     change(model, "special_tokens_map.json", additional_special_tokens=[])
     size = {"shortest_edge": 65536, "longest_edge": 16777216}
-    change(model, "video_preprocessor_config.json", size=size, max_pixels=10**8)
+    change(
+        model, "video_preprocessor_config.json", size=size, max_pixels=10**8,
+        total_pixels=19267584, video_processor_type="Qwen3VLVideoProcessor", max_length=10**30,
+    )  # fmt: skip
     load_all(model)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size": {"shortest_edge": 336}},
+        {"size": {"shortest_edge": 800, "longest_edge": 1333}},
+        {"size": {"longest_edge": 5 * 364}, "max_image_size": {"longest_edge": 364}},
+        {"size": [2560, 1920]},
+        {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "size": {"shortest_edge": 3136, "longest_edge": 12845056},
+        },
+        {"size": {"height": 4096, "width": 4096}},
+    ],
+)
+def test_sizes_of_real_processors_are_accepted(model, fields):
+    change(model, "preprocessor_config.json", **fields)
+    model_files.check_model(model)
 
 
 def test_code_and_pickles_of_a_model_never_run(model, tmp_path):
