@@ -68,6 +68,7 @@ _MODULES = re.compile(r"[\w.\-^$]*(\*[\w.\-^$]*){0,2}")
 _LAYERS = re.compile(r".*(layers?|depths?)")
 _MOST_LAYERS = 1024  # The deepest known model has 126. A list with an entry per layer is built.
 _MOST_LABELS = 1_000_000  # a name per label is built
+_NUMBER = (int, float)
 _COUNTS_PIXELS = re.compile(
     r"(CohereCompass|Cosmos3Edge|Ernie4_5_?VL_?Moe|Glm\w*|HunYuanVL|MiniMaxM3VL|NeoMME|PaddleOCRVL|"
     r"Qwen[\d_]*VL|VideoLlama3)(Image|Video)Processor(Fast|Pil)?"
@@ -263,9 +264,9 @@ def _why_opened(key: str, value: Any) -> str | None:
     """Why an entry of a tokenizer's configuration is refused: it is a path that may be opened."""
     if not isinstance(value, str) or key in _UNREAD or not _OPENED.fullmatch(key):
         return None
-    if key in ("vocab_file", "merges_file") and Path(value).is_absolute():
-        if not os.path.lexists(value):  # of the author's machine; only files that exist are opened
-            return None
+    old = key in ("vocab_file", "merges_file") and Path(value).is_absolute()
+    if old and not os.path.lexists(value):  # of the author's machine; never opened if missing
+        return None
     if key in ("vocab", "merges") or not _PLAIN_NAME.fullmatch(value) or value == "..":
         return "it names a file in another place"
     return None
@@ -282,7 +283,7 @@ def _why_large(key: str, value: Any) -> str | None:
         most = _LONGEST_SIDE
     elif "patches" in key or "tiles" in key:
         most = _MOST_TILES
-    return f"the limit is {most:,}" if isinstance(value, int) and value > most else None
+    return f"the limit is {most:,}" if isinstance(value, _NUMBER) and value > most else None
 
 
 def _check_edges(file: Path, fields: dict[str, Any]) -> None:
@@ -291,34 +292,37 @@ def _check_edges(file: Path, fields: dict[str, Any]) -> None:
     `shortest_edge` enlarges an image of any aspect ratio up to `longest_edge`. In some classes the
     two are numbers of pixels, and smaller images are enlarged to the first.
     """
-    parts = [fields]
+    parts = [(file.name, fields)]
     while parts:
-        part = parts.pop()
-        kinds = (part.get("image_processor_type"), part.get("video_processor_type"))
-        counts = any(isinstance(kind, str) and _COUNTS_PIXELS.fullmatch(kind) for kind in kinds)
+        name, part = parts.pop()
+        of_video = name.startswith("video_p")
+        kind = part.get("video_processor_type" if of_video else "image_processor_type")
+        counts = isinstance(kind, str) and _COUNTS_PIXELS.fullmatch(kind)
         for key, value in part.items():
             inner = value if isinstance(value, list) else [value]
-            parts += [item for item in inner if isinstance(item, dict)]
-            sides = {"shortest_edge": value} if key == "size" and isinstance(value, int) else value
+            parts += [(key, item) for item in inner if isinstance(item, dict)]
+            sides = (
+                {"shortest_edge": value} if key == "size" and isinstance(value, _NUMBER) else value
+            )
             if not isinstance(sides, dict):
                 continue
             shortest, longest = _edge(sides, "shortest_edge"), _edge(sides, "longest_edge")
-            name, most, given = "shortest_edge", _SHORTEST_SIDE, shortest
+            edge, most, given = "shortest_edge", _SHORTEST_SIDE, shortest
             if longest and counts:
                 most = _FEWEST_PIXELS
             elif not shortest:
-                name, most, given = "longest_edge", _LONGEST_SIDE, longest
+                edge, most, given = "longest_edge", _LONGEST_SIDE, longest
             elif 0 < longest <= _LONGEST_SIDE:
                 continue
             if given > most:
                 raise ValueError(
-                    f"{file} sets {short_repr(key)} to {short_repr(value)}: the limit of {name} is "
+                    f"{file} sets {short_repr(key)} to {short_repr(value)}: the limit of {edge} is "
                     f"{most:,}. Use another model, or lower the number."
                 )
 
 
-def _edge(size: dict[str, Any], name: str) -> int:
-    return value if isinstance(value := size.get(name), int) else 0
+def _edge(size: dict[str, Any], name: str) -> float:
+    return value if isinstance(value := size.get(name), _NUMBER) else 0
 
 
 def _check_index(file: Path) -> None:

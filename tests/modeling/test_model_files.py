@@ -69,6 +69,10 @@ def load_all(folder) -> None:
     load_model(folder)
 
 
+QWEN = {"shortest_edge": 3136, "longest_edge": 12845056}
+"""Numbers of pixels. Other classes read them as sides."""
+
+
 class Evil:
     """A pickle that writes a marker file when it is read."""
 
@@ -148,6 +152,11 @@ def test_an_index_of_good_names_is_read(model):
         ("preprocessor_config.json", {"size": {"shortest_edge": 1025, "longest_edge": 10**6}}),
         ("preprocessor_config.json", {"size": {"longest_edge": 8193}}),
         ("preprocessor_config.json", {"size": 1025}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 1e9}}),
+        (
+            "preprocessor_config.json",
+            {"size": QWEN, "video_processor_type": "Qwen3VLVideoProcessor"},
+        ),
         ("preprocessor_config.json", {"min_pixels": 10**9}),
         ("processor_config.json", {"image_processor": {"max_patches": 10**9}}),
         ("processor_config.json", {"image_seq_length": 10**9}),
@@ -189,7 +198,7 @@ def test_common_fields_of_real_models_are_accepted(model):
         {"size": [2560, 1920]},
         {
             "image_processor_type": "Qwen2VLImageProcessorFast",
-            "size": {"shortest_edge": 3136, "longest_edge": 12845056},
+            "size": QWEN,
         },
         {"size": {"height": 4096, "width": 4096}},
     ],
