@@ -94,15 +94,14 @@ def read_adapter_config(file: Path) -> PeftConfig:
     given = read_json(file)
     try:
         config_class, given = _checked(given)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return config_class(**given)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{short_error(error)}. {_SAVE_AGAIN}") from error
     except ValueError as error:
-        raise ValueError(f"{file} is not read: {error}.") from error
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return config_class(**given)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"{file} is not a configuration that PEFT {peft.__version__} reads "
-            f"({short_error(error)}). {_SAVE_AGAIN}."
+            f"{file} is not a configuration that PEFT {peft.__version__} reads here: {error}."
         ) from error
 
 
@@ -131,16 +130,12 @@ def _checked(given: dict[str, Any]) -> tuple[type[PeftConfig], dict[str, Any]]:
     given = {name: value for name, value in given.items() if name != "runtime_config"}  # as in PEFT
     kind = given.get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(
-            f"PEFT {peft.__version__} knows no peft_type {short_repr(kind)}. {_SAVE_AGAIN}"
-        )
+        raise ValueError(f"no known peft_type: {short_repr(kind)}. {_SAVE_AGAIN}")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     hints = typing.get_type_hints(config_class)
     known = {field.name for field in fields(config_class) if field.init}
     if lost := sorted(name for name in given if given[name] and name not in known):
-        raise ValueError(
-            f"PEFT {peft.__version__} does not know {shorten(', '.join(lost))}. {_SAVE_AGAIN}"
-        )
+        raise ValueError(f"unknown: {shorten(', '.join(lost))}. {_SAVE_AGAIN}")
     if given.get("layers_pattern") == "":  # unset
         del given["layers_pattern"]
     given = {name: value for name, value in given.items() if name in known}

@@ -129,7 +129,7 @@ def test_a_configuration_of_every_kind_is_read_as_by_peft(kind, tmp_path):
 def test_a_field_that_imports_allocates_or_computes_is_refused(adapter, fields):
     file = change(adapter, **fields)
     with pytest.raises(
-        ValueError, match=f"{file} is not (read|a configuration that PEFT)"
+        ValueError, match=f"{file} is not a configuration that PEFT"
     ) as caught:
         load_processor(adapter)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
@@ -252,7 +252,7 @@ def test_an_empty_pattern_of_layers_counts_as_unset(adapter):
     [
         ({"target_modules": "a" * 5531}, "5,531 characters, and the limit is 4,096. Write a list"),
         ({"layer_replication": [[0, 2]]}, "Use an adapter without it.$"),
-        ({"new_field": 3}, "does not know new_field. Save the adapter again"),
+        ({"new_field": 3}, "unknown: new_field. Save the adapter again"),
     ],
 )
 def test_a_refusal_names_the_next_step(adapter, fields, step):
