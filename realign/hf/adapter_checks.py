@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from realign.hf import adapters
+from realign.modeling.adapter_config import check_saved
 from realign.modeling.merging import check_kind
 from realign_kernels import head_inputs
 
@@ -72,6 +73,10 @@ def check_config(config: PeftConfig, name: str = "peft_config") -> None:
     for option, why in refused:
         value = _option(config, option)
         raise ValueError(f"{name} has {option}={value!r:.60}: {why}. Leave it out.")
+    try:
+        check_saved(config)
+    except ValueError as error:
+        raise ValueError(f"{name} could not be loaded again after training: {error}.") from error
 
 
 def _option(config: PeftConfig, name: str, default: Any = None) -> Any:

@@ -7,6 +7,7 @@ configuration. Expressions are matched here, with a time limit.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -45,9 +46,11 @@ _INITIAL = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica")
 _FEW_STEPS = re.compile(r"pissa_niter_\d\d?")
 _EXPRESSIONS = ("target_modules", "exclude_modules", "feedforward_modules")
 """Fields that hold a list of names, or one expression."""
+_PATTERNS = ("alpha_pattern", "lambda_pattern", "n_frequency_pattern", "rank_pattern")
+"""Fields with names or expressions as keys."""
 _NAMES = (
-    "alpha_pattern", "block_size_pattern", "lambda_pattern", "layers_pattern", "modules_to_save",
-    "n_frequency_pattern", "rank_pattern", "target_parameters", "target_svd_config",
+    "block_size_pattern", "layers_pattern", "modules_to_save", "target_parameters",
+    "target_svd_config",
 )  # fmt: skip
 """Fields that hold names, as a list or as keys."""
 _NAME = re.compile(r"\^?[\w.\-]+")
@@ -55,6 +58,8 @@ _NAME = re.compile(r"\^?[\w.\-]+")
 _LONGEST = 4096  # characters of a text. One of Unsloth's expressions has 500.
 _MOST_ENTRIES = 10_000  # of a list. PEFT compares each with every module's name.
 _MOST_PATTERNS = 1024  # PEFT compiles each for every module. EVA writes 560 for 80 layers.
+_MOST_EXPRESSIONS = 128  # of a pattern. Two patterns fit into the cache of `re`, which has 512.
+_MOST_RANKS = 8192  # AdaLoRA writes a list of booleans for each module, one per rank
 _TOKENS = ("trainable_token_indices", "token_indices")
 _MOST_TOKENS = 1 << 20  # the largest vocabulary has 262,144 tokens
 _MOST_NUMBER = 1 << 24  # of whole numbers, such as n_frequency or total_step
@@ -71,6 +76,10 @@ _MOST = {**dict.fromkeys(_SIZES, 8192), **dict.fromkeys(_STEPS, 100)}
 """Limits on ranks and sizes, and on steps. PEFT's defaults go up to 256 and to 10."""
 _SYNTAX = re.compile(r"(?!.*\(\?[a-zA-OQ-Z])[ -~]*")
 """An expression is ASCII and has no flags: `re` compiles large ranges slowly with (?i)."""
+_SAVE_AGAIN = "Save the adapter again, or install the version of PEFT that saved it"
+_LIST = "Write a list of module names, see docs/adapters.md"
+_OF_HOLDER = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type")
+_WHOLE_KEY = r"(.*\.)?({})$"  # `get_pattern_key` in PEFT
 _SECONDS = 2.0  # for all expressions of an adapter; Unsloth's take 0.02 s for 1,000 modules
 
 
@@ -84,26 +93,55 @@ def read_adapter_config(file: Path) -> PeftConfig:
     """
     given = read_json(file)
     try:
-        given.pop("runtime_config", None)  # PEFT drops it, too
-        kind = given.get("peft_type")
-        if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            raise ValueError(f"no known peft_type: {short_repr(kind)}")
-        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
-        hints = typing.get_type_hints(config_class)
-        known = {field.name for field in fields(config_class) if field.init}
-        if lost := sorted(name for name in given if given[name] and name not in known):
-            raise ValueError(f"unknown: {shorten(', '.join(lost))}")
-        given = {name: value for name, value in given.items() if name in known}
-        for name, value in given.items():
-            _check(name, value, hints[name])
-        with warnings.catch_warnings(action="ignore"):
-            return config_class(**given)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        config_class, given = _checked(given)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return config_class(**given)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{short_error(error)}. {_SAVE_AGAIN}") from error
+    except ValueError as error:
         raise ValueError(
-            f"{file} is not a configuration that PEFT {peft.__version__} reads here "
-            f"({short_error(error)}). Save the adapter again, or install the version of PEFT that "
-            "saved it."
+            f"{file} is not a configuration that PEFT {peft.__version__} reads here: {error}."
         ) from error
+
+
+def check_saved(config: PeftConfig) -> None:
+    """Check that `read_adapter_config` and `plain_names` will accept a configuration once saved.
+
+    Raises:
+        ValueError: for a field or an expression that is refused.
+    """
+    given = {n: list(v) if isinstance(v, set) else v for n, v in config.to_dict().items()}
+    for name in _OF_HOLDER:  # saving sets them
+        given.pop(name, None)
+    try:
+        given = json.loads(json.dumps(given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"PEFT cannot save it as JSON ({short_error(error)})") from error
+    _checked(given)
+
+
+def _checked(given: dict[str, Any]) -> tuple[type[PeftConfig], dict[str, Any]]:
+    """The class of a configuration, and its fields after their checks.
+
+    Raises:
+        ValueError: for a field that is refused, with the next step.
+    """
+    given = {name: value for name, value in given.items() if name != "runtime_config"}  # as in PEFT
+    kind = given.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"no known peft_type: {short_repr(kind)}. {_SAVE_AGAIN}")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    hints = typing.get_type_hints(config_class)
+    known = {field.name for field in fields(config_class) if field.init}
+    if lost := sorted(name for name in given if given[name] and name not in known):
+        raise ValueError(f"unknown: {shorten(', '.join(lost))}. {_SAVE_AGAIN}")
+    if given.get("layers_pattern") == "":  # unset
+        del given["layers_pattern"]
+    given = {name: value for name, value in given.items() if name in known}
+    for name, value in given.items():
+        _check(name, value, hints[name])
+    return config_class, given
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
@@ -115,58 +153,81 @@ def _check(name: str, value: Any, hint: Any) -> None:
     if name == "auto_mapping" and value:  # PEFT writes the class of the base
         library = value.get("parent_library") if isinstance(value, dict) else value
         if not isinstance(library, str) or library.split(".")[0] != "transformers":
-            raise ValueError(f"{name} names a module to import, {short_repr(library)}")
+            raise ValueError(f"{name} names a module to import, {short_repr(library)}. Remove it")
     if name in _REFUSED and value:
-        raise ValueError(f"{name} is set, and {_REFUSED[name]}")
+        raise ValueError(f"{name} is set, and {_REFUSED[name]}. Use an adapter without it")
     if name == "megatron_core" and value not in (None, "megatron.core"):
-        raise ValueError(f"{name} names a module to import, {short_repr(value)}")
+        raise ValueError(f"{name} names a module to import, {short_repr(value)}. Remove it")
     if name == "init_lora_weights" and isinstance(value, str):
         if value not in _INITIAL and not _FEW_STEPS.fullmatch(value):
-            raise ValueError(f"{name} is {short_repr(value)}, which is not read")
+            known = ", ".join(_INITIAL)
+            raise ValueError(
+                f"{name} is {short_repr(value)}, which is not read. Set true, or one of {known}"
+            )
     elif value is not None and not _fits(value, hint):
-        raise ValueError(f"{name} is {short_repr(value)}, of another type")
+        raise ValueError(f"{name} is {short_repr(value)}, of another type. Correct it")
     if name == "base_model_name_or_path" and value and "://" in value:
-        raise ValueError(f"{name} is a URL, {short_repr(value)}")
-    leaves = _leaves(value, _MOST_TOKENS if name in _TOKENS else _MOST_ENTRIES)
-    for item in leaves:
+        raise ValueError(f"{name} is a URL, {short_repr(value)}. Set it to a folder or Hub name")
+    for item in _leaves(name, value):
         _check_leaf(name, item)
     listed = name in _EXPRESSIONS and not isinstance(value, str)
     if name in _NAMES or listed or (name in _TOKENS and isinstance(value, dict)):
-        entries = [value] if isinstance(value, str) else list(value or ())
-        for entry in entries:
+        for entry in [value] if isinstance(value, str) else value or ():
             if not _NAME.fullmatch(str(entry)):
-                raise ValueError(f"{name} holds {short_repr(entry)}, which is no name of modules")
-        if isinstance(value, dict) and len(entries) > _MOST_PATTERNS:
-            raise ValueError(f"{name} has over {_MOST_PATTERNS:,} entries")
+                raise ValueError(
+                    f"{name} holds {short_repr(entry)}, which is no name of modules. {_LIST}"
+                )
+    if isinstance(value, dict) and name not in _TOKENS and len(value) > _MOST_PATTERNS:
+        raise ValueError(f"{name} has over {_MOST_PATTERNS:,} entries. Use an adapter with fewer")
+    if name in _EXPRESSIONS and isinstance(value, str):
+        _compile(name, value)
+    elif name in _PATTERNS and isinstance(value, dict):
+        expressions = [key for key in value if not _NAME.fullmatch(key)]
+        if len(expressions) > _MOST_EXPRESSIONS:
+            raise ValueError(
+                f"{name} has over {_MOST_EXPRESSIONS} expressions. Write names of modules as keys"
+            )
+        for key in expressions:
+            _compile(name, _WHOLE_KEY.format(key))
 
 
 def _check_leaf(name: str, item: Any) -> None:
     """Check a text or a number in a field. See `_check`."""
     if isinstance(item, str):
-        if len(item) > _LONGEST or printable(item) != item:
-            raise ValueError(f"{name} holds {short_repr(item)}")
+        if len(item) > _LONGEST:
+            step = _LIST if name in _EXPRESSIONS else "Shorten it"
+            raise ValueError(
+                f"{name} holds {short_repr(item)}, {len(item):,} characters, and the limit is "
+                f"{_LONGEST:,}. {step}"
+            )
+        if printable(item) != item:
+            raise ValueError(f"{name} holds {short_repr(item)}. Remove the control characters")
     elif isinstance(item, int | float):
         most = _MOST.get(name, _MOST_NUMBER)
         if name.endswith(("seed", "_key")):
             most = (1 << 64) - 1
         whole = isinstance(item, int)
         if not math.isfinite(item) or (whole and item > most) or (name == "r" and item < 0):
-            raise ValueError(f"{name} is {short_repr(item)}, and the limit is {most:,}")
+            raise ValueError(
+                f"{name} is {short_repr(item)}, and the limit is {most:,}. Use another adapter"
+            )
 
 
-def _leaves(value: Any, most: int) -> list[Any]:
-    """The texts and numbers in a value, and the keys of its dicts."""
+def _leaves(name: str, value: Any) -> list[Any]:
+    """The texts and numbers in a field, and the keys of its dicts."""
+    most = _MOST_TOKENS if name in _TOKENS else _MOST_ENTRIES
     waiting, found = [value], []
     while waiting:
         item = waiting.pop()
         if isinstance(item, dict):
             waiting += [*item, *item.values()]
         elif isinstance(item, list):
-            waiting += item
+            if len(item) > _MOST_RANKS or not all(isinstance(one, bool) for one in item):
+                waiting += item
         else:
             found.append(item)
         if len(found) + len(waiting) > most:
-            raise ValueError(f"a list has over {most:,} entries")
+            raise ValueError(f"{name} has over {most:,} entries. Use an adapter with fewer")
     return found
 
 
@@ -209,11 +270,40 @@ def plain_names(config: PeftConfig, model: nn.Module) -> None:
         pattern = getattr(config, field, None)
         if isinstance(pattern, str) and pattern.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
             setattr(config, field, _matches(field, pattern, names, end))
+    if getattr(config, "target_parameters", None):
+        names += [name for name, _ in model.named_parameters()]
+    for field in _PATTERNS:
+        if isinstance(pattern := getattr(config, field, None), dict):
+            setattr(config, field, _plain_keys(config, field, pattern, names, end))
     ends = tuple(getattr(config, "modules_to_save", None) or ())
-    copied = {name for name in names if name.endswith(ends)} if ends else set()
+    copied = {name for name, _ in model.named_modules() if name.endswith(ends)} if ends else set()
     for name in copied:
         if outer := next((other for other in _above(name) if other in copied), None):
-            raise ValueError(f"modules_to_save names {outer} and {name} in it")
+            raise ValueError(
+                f"modules_to_save names {outer} and {name} in it. Leave out the inner name"
+            )
+
+
+def _plain_keys(
+    config: PeftConfig, field: str, pattern: dict[str, Any], names: list[str], end: float
+) -> dict[str, Any]:
+    """Replace the keys of a pattern that are expressions by the full names that they match.
+
+    PEFT takes the first key that matches a module. So a name need not be in two keys, and all new
+    keys together are as long as the model's names. Other keys hold no operator but ".".
+    """
+    found, waiting = {}, names
+    for key, value in pattern.items():
+        if _NAME.fullmatch(key):
+            found.setdefault(key, value)
+            continue
+        whole = _WHOLE_KEY.format(key)
+        if config.peft_type == PeftType.OSF:  # it calls re.search
+            whole = f".*?(?:{key}).*"
+        if matched := set(_matches(field, whole, waiting, end)):
+            found["^(?:" + "|".join(map(re.escape, sorted(matched))) + ")$"] = value
+            waiting = [name for name in waiting if name not in matched]
+    return found
 
 
 def _above(name: str) -> list[str]:
@@ -222,14 +312,25 @@ def _above(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _matches(field: str, pattern: str, names: list[str], end: float) -> list[str]:
-    """The names that a pattern matches in full. `re` has no time limit, and `regex` has one."""
-    found = []
+def _compile(field: str, pattern: str) -> regex.Pattern[str]:
+    """Compile an expression of the syntax that `re` and `regex` share.
+
+    Raises:
+        ValueError: for an invalid expression, with the next step.
+    """
     try:
         if not _SYNTAX.fullmatch(pattern):
             raise ValueError("it has flags or characters outside of ASCII")
         re.compile(pattern)  # refuses what only `regex` knows
-        compiled = regex.compile(pattern)
+        return regex.compile(pattern)
+    except (ValueError, re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{field}={short_repr(pattern)} is not read: {error}. {_LIST}") from error
+
+
+def _matches(field: str, pattern: str, names: list[str], end: float) -> list[str]:
+    """The names that a pattern matches in full. `re` has no time limit, and `regex` has one."""
+    compiled, found = _compile(field, pattern), []
+    try:
         for name in names:
             left = end - time.monotonic()
             if left <= 0:
@@ -238,9 +339,6 @@ def _matches(field: str, pattern: str, names: list[str], end: float) -> list[str
                 found.append(name)
     except TimeoutError:
         raise ValueError(
-            f"the expression {field}={short_repr(pattern)} takes over {_SECONDS:g} s. Write a list "
-            "of module names in adapter_config.json"
+            f"the expression {field}={short_repr(pattern)} takes over {_SECONDS:g} s. {_LIST}"
         ) from None
-    except (ValueError, re.error, regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{field}={short_repr(pattern)} is not read: {error}") from error
     return found

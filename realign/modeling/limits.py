@@ -27,10 +27,11 @@ class TooLarge(ValueError):
 
 @contextmanager
 def limited(size: Callable[[], int], *, meta: bool = False) -> Iterator[None]:
-    """Limit what this thread's modules register: one number per byte of the files, and 2^26 more.
+    """Limit what this thread's modules register: as many numbers as `size` returns, and 2^26 more.
 
     Args:
-        size: returns the bytes of the files. Called once many numbers are registered.
+        size: returns a number that grows with the bytes of the files. Called once many numbers
+            are registered.
         meta: count tensors on the meta device only. transformers builds a model there first.
 
     Raises:

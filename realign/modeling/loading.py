@@ -30,7 +30,7 @@ from realign.modeling.attention import IMPLEMENTATIONS
 from realign.modeling.layouts import has_softcap
 from realign.modeling.limits import TooLarge, limited
 from realign.modeling.merging import adapter_base, cast, merge, put_on
-from realign.modeling.model_files import check_model, find_file, weights_size
+from realign.modeling.model_files import check_model, find_file, most_numbers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Compute dtypes by name in the settings."""
@@ -83,7 +83,7 @@ def load_model(
         attention = "eager"
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
     if meta:
-        size = partial(weights_size, adapter_base(path) or path)
+        size = partial(most_numbers, adapter_base(path) or path)
         with torch.device("meta"), limited(size, meta=True):
             return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
     options: dict[str, Any] = {"attn_implementation": kinds}
@@ -151,7 +151,7 @@ def from_pretrained(
         checked = True
         if commit is not None:  # the Hub may change between the check and the load
             options["revision"] = commit
-        with limited(lambda: weights_size(path, commit), meta=True) if model else nullcontext():
+        with limited(lambda: most_numbers(path, commit), meta=True) if model else nullcontext():
             return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except ImportError as error:  # such as torchvision, which Qwen's processors need
         needs = " ".join(str(error).split())

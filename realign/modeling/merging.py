@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from realign.data.errors import short_error
 from realign.modeling.adapter_config import plain_names, read_adapter_config
-from realign.modeling.limits import limited
+from realign.modeling.limits import TooLarge, limited
 from realign.modeling.model_files import check_model, find_file
 
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -122,10 +122,13 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
             "adapter again with a current version of PEFT."
         )
     _check_rows(model, path)
+    config = read_adapter_config(Path(file))
     try:
-        config = read_adapter_config(Path(file))
-        size = partial(_adapter_size, model, weights)
         plain_names(config, model)
+    except ValueError as error:
+        raise ValueError(f"{file} is not read: {error}.") from error
+    size = partial(_adapter_size, model, weights)
+    try:
         with _ignored_warnings(), limited(size):
             folder = str(Path(weights).parent)  # that of a snapshot for a Hub name
             adapted = PeftModel.from_pretrained(model, folder, config=config)
@@ -133,6 +136,8 @@ def put_on(model: PreTrainedModel, path: str | Path) -> PeftModel:
         _check_keys(adapted, keys.missing_keys, keys.unexpected_keys)
     except SafetensorError as error:
         raise ValueError(f"the adapter {path} is damaged ({error}). Copy it again.") from error
+    except TooLarge as error:
+        raise ValueError(f"the adapter {path} is not loaded: {error}.") from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a wrong value in its configuration raises errors of many types

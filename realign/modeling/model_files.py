@@ -68,10 +68,21 @@ _MODULES = re.compile(r"[\w.\-^$]*(\*[\w.\-^$]*){0,2}")
 _LAYERS = re.compile(r".*(layers?|depths?)")
 _MOST_LAYERS = 1024  # The deepest known model has 126. A list with an entry per layer is built.
 _MOST_LABELS = 1_000_000  # a name per label is built
+_NUMBER = (int, float)
+_COUNTS_PIXELS = re.compile(
+    r"(CohereCompass|Cosmos3Edge|Ernie4_5_?VL_?Moe|Glm\w*|HunYuanVL|MiniMaxM3VL|NeoMME|PaddleOCRVL|"
+    r"Qwen[\d_]*VL|VideoLlama3)(Image|Video)Processor(Fast|Pil)?"
+)
+"""Classes whose two edges are numbers of pixels."""
+_SHORTEST_SIDE = 1024  # known models use up to 800
 _FEWEST_PIXELS = 1 << 24  # smaller images are enlarged to this number
 _LONGEST_SIDE = 8192
 _MOST_TILES = 4096  # Pix2Struct has 2048. InternVL tries every pair of numbers up to its own.
 _MOST_OF_PROCESSOR = 1 << 24  # of other numbers, such as ids, tokens of an image and samples
+_TEMPLATES = "additional_chat_templates"
+_NEEDED = (".json", ".jinja", ".safetensors", ".model", ".tiktoken", ".spm")
+_TEXTS = (".txt", ".bpe", ".codes", ".tokenizer")
+"""Suffixes of files that transformers, PEFT and sentence-transformers open."""
 _SHARD = re.compile(r"shard-.*\.safetensors")
 
 
@@ -109,13 +120,21 @@ def check_model(path: str | Path, place: str = "", *, weights: bool = False) -> 
     return commit
 
 
-def weights_size(path: str | Path, commit: str | None = None) -> int:
-    """Bytes of a model's safetensors files."""
+def most_numbers(path: str | Path, commit: str | None = None) -> int:
+    """Numbers that a model may register for its safetensors files, see `limits.limited`.
+
+    One per byte, or four for quantized weights. A byte holds two numbers in 4 bits, and
+    transformers builds each quantized layer twice.
+    """
     names = {_WEIGHTS}
     if not find_file(path, _WEIGHTS, commit) and (file := find_file(path, INDEX, commit)):
         names = set(read_json(file)["weight_map"].values())
     files = [file for name in names if (file := find_file(path, name, commit))]
-    return sum(os.path.getsize(file) for file in files)
+    config = find_file(path, "config.json", commit)
+    quantized = config and any(
+        key == "quantization_config" for key, _ in _entries(read_json(config))
+    )
+    return sum(os.path.getsize(file) for file in files) * (4 if quantized else 1)
 
 
 def find_file(path: str | Path, name: str, commit: str | None = None) -> str | None:
@@ -151,21 +170,31 @@ def _check_folder(folder: Path, place: str, *, hub: bool = False) -> None:
     for parent in (root, *root.parents):
         if parent.name.startswith("models--") and root.is_relative_to(parent / "snapshots"):
             root = parent
-    for inside in (folder / place, folder / place / "additional_chat_templates"):
+    for inside in (folder / place, folder / place / _TEMPLATES):
         for entry in os.scandir(inside) if inside.is_dir() else ():
             file = Path(entry.path)
+            if not _is_read(file, hub):
+                continue
             if not hub and not file.resolve().is_relative_to(root):
                 raise ValueError(
                     f"{file} leads to {file.resolve()}, outside of the model's folder, and such "
-                    "files are not read. Replace the link by the file, or by a hard link (ln)."
+                    "files are not read. Replace the link by the file or by a hard link (ln), copy "
+                    "the folder with cp -rL, or pass the model's Hub name."
                 )
-            if not entry.is_dir() and (file.exists() or not hub):
+            if not entry.is_dir():
                 open_regular(file).close()
             if _SHARD.fullmatch(entry.name):
                 raise ValueError(
                     f"{file} belongs to a distributed checkpoint, which is not read as a model. "
                     "Save the model with save_pretrained."
                 )
+
+
+def _is_read(file: Path, hub: bool) -> bool:
+    """Whether loading, or the export of a model card, reads a file or a folder of this name."""
+    if not file.exists() and (hub or file.suffix not in _NEEDED):  # a link that leads nowhere
+        return False
+    return file.suffix in (*_NEEDED, *_TEXTS) or file.name in (_TEMPLATES, "README.md")
 
 
 def _check_fields(file: Path, fields: dict[str, Any]) -> None:
@@ -175,6 +204,7 @@ def _check_fields(file: Path, fields: dict[str, Any]) -> None:
         checks.append(_why_opened)
     if file.name in _PROCESSOR:
         checks.append(_why_large)
+        _check_edges(file, fields)
     for key, value in _entries(fields):
         if why := next(filter(None, (check(key, value) for check in checks)), None):
             raise ValueError(
@@ -234,6 +264,9 @@ def _why_opened(key: str, value: Any) -> str | None:
     """Why an entry of a tokenizer's configuration is refused: it is a path that may be opened."""
     if not isinstance(value, str) or key in _UNREAD or not _OPENED.fullmatch(key):
         return None
+    old = key in ("vocab_file", "merges_file") and Path(value).is_absolute()
+    if old and not os.path.lexists(value):  # of the author's machine; never opened if missing
+        return None
     if key in ("vocab", "merges") or not _PLAIN_NAME.fullmatch(value) or value == "..":
         return "it names a file in another place"
     return None
@@ -242,19 +275,54 @@ def _why_opened(key: str, value: Any) -> str | None:
 def _why_large(key: str, value: Any) -> str | None:
     """Why a size in a processor's configuration is refused: an image would take gigabytes."""
     most = _MOST_OF_PROCESSOR
-    if isinstance(value, dict):
-        edges = [value[name] for name in ("shortest_edge", "longest_edge") if value.get(name)]
-        if not edges:
-            return None
-        # Two edges may be numbers of pixels, and images smaller than the first are enlarged.
-        value, most = edges[0], _FEWEST_PIXELS if len(edges) == 2 else _LONGEST_SIDE
-    elif "edge" in key or key == "max_pixels":
+    if "edge" in key or key.endswith("max_length"):
+        return None
+    if key.endswith("pixels") and "min" not in key:  # a budget, such as total_pixels of a video
         return None
     elif key in ("height", "width") or key.endswith("size"):
         most = _LONGEST_SIDE
     elif "patches" in key or "tiles" in key:
         most = _MOST_TILES
-    return f"the limit is {most:,}" if isinstance(value, int) and value > most else None
+    return f"the limit is {most:,}" if isinstance(value, _NUMBER) and value > most else None
+
+
+def _check_edges(file: Path, fields: dict[str, Any]) -> None:
+    """Refuse a `size` in a processor's configuration that enlarges images to gigabytes.
+
+    `shortest_edge` enlarges an image of any aspect ratio up to `longest_edge`. In some classes the
+    two are numbers of pixels, and smaller images are enlarged to the first.
+    """
+    parts = [(file.name, fields)]
+    while parts:
+        name, part = parts.pop()
+        of_video = name.startswith("video_p")
+        kind = part.get("video_processor_type" if of_video else "image_processor_type")
+        counts = isinstance(kind, str) and _COUNTS_PIXELS.fullmatch(kind)
+        for key, value in part.items():
+            inner = value if isinstance(value, list) else [value]
+            parts += [(key, item) for item in inner if isinstance(item, dict)]
+            sides = (
+                {"shortest_edge": value} if key == "size" and isinstance(value, _NUMBER) else value
+            )
+            if not isinstance(sides, dict):
+                continue
+            shortest, longest = _edge(sides, "shortest_edge"), _edge(sides, "longest_edge")
+            edge, most, given = "shortest_edge", _SHORTEST_SIDE, shortest
+            if longest and counts:
+                most = _FEWEST_PIXELS
+            elif not shortest:
+                edge, most, given = "longest_edge", _LONGEST_SIDE, longest
+            elif 0 < longest <= _LONGEST_SIDE:
+                continue
+            if given > most:
+                raise ValueError(
+                    f"{file} sets {short_repr(key)} to {short_repr(value)}: the limit of {edge} is "
+                    f"{most:,}. Use another model, or lower the number."
+                )
+
+
+def _edge(size: dict[str, Any], name: str) -> float:
+    return value if isinstance(value := size.get(name), _NUMBER) else 0
 
 
 def _check_index(file: Path) -> None:

@@ -14,7 +14,7 @@ from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.hf import RDPOTrainer
 from realign.hf.records import records_of
-from realign.modeling.loading import load_model
+from realign.modeling.loading import load_model, load_trained
 
 EQUAL = 2 * math.log(2)  # the loss of rdpo if policy and reference are equal
 
@@ -78,6 +78,47 @@ def test_adapters_that_cannot_be_trained_are_rejected(adapted, records, tmp_path
     frozen = PeftModel.from_pretrained(load_model(ASSETS), str(folder))
     with pytest.raises(ValueError, match="no weight of the model is trained.*is_trainable=True"):
         RDPOTrainer(frozen, settings, records)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "(?i).*LANGUAGE_MODEL.*q_proj"},
+        {"target_modules": ".*[é_]proj"},
+        {"rank_pattern": {f"q.*{i}": 2 for i in range(200)}},
+        {"r": 10_000},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_cannot_be_loaded_again_is_refused_before_training(
+    fields, records, tmp_path
+):
+    with pytest.raises(ValueError, match="peft_config could not be loaded again after training"):
+        RDPOTrainer(str(ASSETS), config(tmp_path), records, peft_config=LoraConfig(**LORA | fields))
+
+
+def test_keys_of_patterns_that_are_expressions_train_and_load_again(records, tmp_path):
+    patterns = {
+        "rank_pattern": {r"language_model\.layers\.0\.self_attn\.q_proj": 2},
+        "alpha_pattern": {r".*language_model.*q_proj": 8},
+    }
+    settings = config(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    adapter = LoraConfig(**LORA | patterns)
+    trainer = RDPOTrainer(str(ASSETS), settings, records, peft_config=adapter)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    (base, trained) = (load_model(ASSETS), load_trained(tmp_path / "saved"))
+    truth = PeftModel.from_pretrained(base, str(tmp_path / "saved")).base_model.model.state_dict()
+    found = trained.state_dict()
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(value, truth[name]) for name, value in found.items())
+    resumed = RDPOTrainer(
+        str(ASSETS),
+        config(tmp_path, max_steps=2),
+        records,
+        peft_config=LoraConfig(**LORA | patterns),
+    )
+    resumed.train(resume_from_checkpoint=True)
 
 
 def test_named_sets_are_evaluated_and_others_rejected(records, tmp_path):

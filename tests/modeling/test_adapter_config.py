@@ -1,5 +1,6 @@
 """Adapters of strangers: fields that import, allocate or compute too much, and expressions."""
 
+import copy
 import json
 import os
 import re
@@ -90,9 +91,11 @@ def test_a_configuration_of_every_kind_is_read_as_by_peft(kind, tmp_path):
         {"r": float("nan")},
         {"r": [4]},
         {"rank_pattern": {"q_proj": 10**9}},
-        {"rank_pattern": {"(.*)*q": 2}},
+        {"rank_pattern": {f"q.*{i}": 2 for i in range(200)}},
+        {"rank_pattern": {"(?i)q": 2}},
         {"rank_pattern": {f"a{i}": 2 for i in range(2000)}},
-        {"alpha_pattern": {"(a|a)*": 2}},
+        {"alpha_pattern": {"(": 2}},
+        {"block_size_pattern": {"(a|a)*": 2}, "peft_type": "C3A"},
         {"lora_alpha": "x"},
         {"lora_alpha": float("inf")},
         {"use_dora": "yes"},
@@ -125,7 +128,9 @@ def test_a_configuration_of_every_kind_is_read_as_by_peft(kind, tmp_path):
 )
 def test_a_field_that_imports_allocates_or_computes_is_refused(adapter, fields):
     file = change(adapter, **fields)
-    with pytest.raises(ValueError, match=f"{file} is not a configuration that PEFT") as caught:
+    with pytest.raises(
+        ValueError, match=f"{file} is not a configuration that PEFT"
+    ) as caught:
         load_processor(adapter)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
@@ -164,7 +169,11 @@ def test_a_malformed_tokenizer_of_an_adapter_is_one_error(adapter, text):
 
 @pytest.mark.parametrize(
     ("field", "pattern"),
-    [("target_modules", r"(.*?.*?)*[!x]"), ("exclude_modules", r"(?:\w|\.|[a-z])*[!x]")],
+    [
+        ("target_modules", r"(.*?.*?)*[!x]"),
+        ("exclude_modules", r"(?:\w|\.|[a-z])*[!x]"),
+        ("rank_pattern", {r"(.*?.*?)*[!x]": 2}),
+    ],
 )
 def test_an_expression_of_exponential_time_is_refused_soon(adapter, monkeypatch, field, pattern):
     monkeypatch.setattr(adapter_config, "_SECONDS", 0.1)
@@ -178,7 +187,9 @@ def test_an_expression_of_exponential_time_is_refused_soon(adapter, monkeypatch,
 @pytest.mark.parametrize("pattern", ["(", "(?R)", "(?i)a", "[é]", r"(?P<a>.)\g<a>", "(" * 3000])
 def test_an_expression_that_python_does_not_know_is_refused(adapter, pattern):
     change(adapter, target_modules=pattern)
-    with pytest.raises(ValueError, match="does not fit its base .*target_modules=.* is not read"):
+    with pytest.raises(
+        ValueError, match="adapter_config.json is not .*target_modules=.* Write a list"
+    ):
         load_trained(adapter)
 
 
@@ -196,6 +207,59 @@ def test_an_expression_selects_what_it_selects_in_re(base, pattern):
     assert config.exclude_modules == [n for n in names if re.fullmatch(r".*\.1\..*", n)]
 
 
+RANKS = {
+    r".*layers\.0\..*q_proj": 2, "q_proj": 3, r"(k|v)_proj": 5, r"^model.*o_proj": 6, "never|x": 7,
+    "o.proj": 8, r"(?<=mlp\.)(up|down)_proj": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, peft.LoHaConfig, peft.DeloraConfig])
+def test_keys_of_patterns_give_the_ranks_of_peft(base, kind):
+    config = kind(r=4, target_modules=r".*text_model.*_proj", rank_pattern=dict(RANKS))
+    truth = ranks(peft.get_peft_model(load_base(base), copy.deepcopy(config)))
+    plain_names(config, model := load_base(base))
+    assert set(truth.values()) > {2, 3, 5, 6} and list(config.rank_pattern)[1] == "q_proj"
+    assert ranks(peft.get_peft_model(model, config)) == truth
+
+
+def ranks(adapted) -> dict[str, int]:
+    layers = adapted.named_modules()
+    return {name: layer.r["default"] for name, layer in layers if hasattr(layer, "r")}
+
+
+def test_keys_of_the_pattern_of_osf_match_as_in_peft(base):
+    names = [name for name, _ in load_base(base).named_modules()]
+    config = peft.OSFConfig(target_modules=["q_proj"], rank_pattern={r"layers\.1\.|q_pr": 2})
+    plain_names(config, load_base(base))
+    (key,) = config.rank_pattern
+    found = [name for name in names if re.search(key, name)]
+    assert found and found == [name for name in names if re.search(r"layers\.1\.|q_pr", name)]
+
+
+def test_booleans_of_adalora_do_not_count_as_entries(tmp_path):
+    pattern = {f"layers.{i}.lora_E": [True] * 64 for i in range(224)}
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9, rank_pattern=pattern)
+    config.save_pretrained(tmp_path)
+    assert read_adapter_config(tmp_path / "adapter_config.json").rank_pattern == pattern
+
+
+def test_an_empty_pattern_of_layers_counts_as_unset(adapter):
+    read_adapter_config(change(adapter, layers_pattern=""))
+
+
+@pytest.mark.parametrize(
+    ("fields", "step"),
+    [
+        ({"target_modules": "a" * 5531}, "5,531 characters, and the limit is 4,096. Write a list"),
+        ({"layer_replication": [[0, 2]]}, "Use an adapter without it.$"),
+        ({"new_field": 3}, "unknown: new_field. Save the adapter again"),
+    ],
+)
+def test_a_refusal_names_the_next_step(adapter, fields, step):
+    with pytest.raises(ValueError, match=step):
+        load_processor(change(adapter, **fields).parent)
+
+
 def test_names_inside_each_other_are_not_copied(adapter):
     """PEFT would copy the copies, twice the memory for every level."""
     change(adapter, modules_to_save=["text_model", "layers", "mlp"])
@@ -207,5 +271,5 @@ def test_an_adapter_registers_no_more_than_its_file_allows(adapter, monkeypatch)
     monkeypatch.setattr(limits, "_FREE", 0)
     load_trained(adapter)
     change(adapter, r=1024)
-    with pytest.raises(ValueError, match="does not fit its base .*describes over"):
+    with pytest.raises(ValueError, match="is not loaded: .*describes over"):
         load_trained(adapter)

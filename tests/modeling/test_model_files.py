@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from tiny_vlms import make
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -28,6 +30,7 @@ from realign.modeling.sentence_models import load_sentence_model
 from realign.pairs.engines.chat import Chat
 from realign.pairs.engines.transformers_engine import TransformersEngine
 from realign.pairs.retrieval.embed import Embedder
+from realign.training.export import export_whole
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -64,6 +67,10 @@ def load_all(folder) -> None:
     """Load a model and its processor in every way of the project."""
     load_processor(folder)
     load_model(folder)
+
+
+QWEN = {"shortest_edge": 3136, "longest_edge": 12845056}
+"""Numbers of pixels. Other classes read them as sides."""
 
 
 class Evil:
@@ -141,6 +148,15 @@ def test_an_index_of_good_names_is_read(model):
         ("preprocessor_config.json", {"size": {"height": 10**5, "width": 10**5}}),
         ("preprocessor_config.json", {"crop_size": 10**5}),
         ("preprocessor_config.json", {"size": {"shortest_edge": 10**5}}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 1025}}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 1025, "longest_edge": 10**6}}),
+        ("preprocessor_config.json", {"size": {"longest_edge": 8193}}),
+        ("preprocessor_config.json", {"size": 1025}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 1e9}}),
+        (
+            "preprocessor_config.json",
+            {"size": QWEN, "video_processor_type": "Qwen3VLVideoProcessor"},
+        ),
         ("preprocessor_config.json", {"min_pixels": 10**9}),
         ("processor_config.json", {"image_processor": {"max_patches": 10**9}}),
         ("processor_config.json", {"image_seq_length": 10**9}),
@@ -158,6 +174,7 @@ def test_common_fields_of_real_models_are_accepted(model):
     change(
         model, "tokenizer_config.json", name_or_path="/author/llava", tokenizer_file=None,
         special_tokens_map_file="/author/special_tokens_map.json", vocab_file=None,
+        merges_file="/author/merges.txt",
     )  # fmt: skip
     change(
         model, "config.json", _name_or_path="/author/x", attn_implementation="sdpa",
@@ -165,8 +182,30 @@ def test_common_fields_of_real_models_are_accepted(model):
     )  # fmt: skip
     change(model, "special_tokens_map.json", additional_special_tokens=[])
     size = {"shortest_edge": 65536, "longest_edge": 16777216}
-    change(model, "video_preprocessor_config.json", size=size, max_pixels=10**8)
+    change(
+        model, "video_preprocessor_config.json", size=size, max_pixels=10**8,
+        total_pixels=19267584, video_processor_type="Qwen3VLVideoProcessor", max_length=10**30,
+    )  # fmt: skip
     load_all(model)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size": {"shortest_edge": 336}},
+        {"size": {"shortest_edge": 800, "longest_edge": 1333}},
+        {"size": {"longest_edge": 5 * 364}, "max_image_size": {"longest_edge": 364}},
+        {"size": [2560, 1920]},
+        {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "size": QWEN,
+        },
+        {"size": {"height": 4096, "width": 4096}},
+    ],
+)
+def test_sizes_of_real_processors_are_accepted(model, fields):
+    change(model, "preprocessor_config.json", **fields)
+    model_files.check_model(model)
 
 
 def test_code_and_pickles_of_a_model_never_run(model, tmp_path):
@@ -206,7 +245,7 @@ def test_a_link_out_of_the_folder_is_refused(model, tmp_path, name):
     (model / name).symlink_to(tmp_path / "secret")
     for load in (load_model, load_processor):
         with pytest.raises(
-            ValueError, match=f"{name} leads to .*secret, outside .* by a hard link"
+            ValueError, match=f"{name} leads to .*secret, outside .* hard link .* cp -rL"
         ):
             load(model)
     (model / name).unlink()
@@ -214,6 +253,24 @@ def test_a_link_out_of_the_folder_is_refused(model, tmp_path, name):
     load_all(model)
     (tmp_path / "linked").symlink_to(model)  # a link to the folder itself
     load_all(tmp_path / "linked")
+
+
+def test_links_that_loading_does_not_read_are_accepted(model, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (model / "runs").symlink_to(tmp_path / "runs")
+    for name in ("README.md", "notes.txt"):
+        (model / name).unlink(missing_ok=True)
+        (model / name).symlink_to(tmp_path / "missing")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.path.relpath(model / "s"))
+    server.close()
+    load_all(model)
+    export_whole(str(model), tmp_path / "exported")
+    (tmp_path / "secret").write_text("secret")
+    (model / "README.md").unlink()
+    (model / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="README.md leads to"):
+        export_whole(str(model), tmp_path / "other")
 
 
 def test_a_folder_of_templates_may_not_be_a_link(model, tmp_path):
@@ -358,6 +415,19 @@ def test_the_limit_of_a_model_counts_numbers_and_tensors(monkeypatch):
     monkeypatch.setattr(limits, "_MOST_TENSORS", 3)
     with limits.limited(lambda: 100), pytest.raises(ValueError, match="in 4 tensors"):
         nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+
+
+def test_quantized_weights_allow_four_numbers_per_byte(model, monkeypatch):
+    """Weights in 4 bits, and each of their layers is built twice."""
+    monkeypatch.setattr(limits, "_FREE", 0)
+    numbers = load_model(model).num_parameters()
+    assert model_files.most_numbers(model) == (model / "model.safetensors").stat().st_size
+    state = {name: v.to(torch.uint8) for name, v in load_model(model).state_dict().items()}
+    halves = {name: v.flatten()[: (v.numel() + 1) // 2].clone() for name, v in state.items()}
+    save_file(halves, model / "model.safetensors")
+    assert model_files.most_numbers(model) < numbers
+    change(model, "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    assert model_files.most_numbers(model) >= 2 * numbers
 
 
 def test_other_loaders_check_files_too(model):
