@@ -142,6 +142,15 @@ def test_a_numbered_tag_takes_linear_time():
     assert "<response30000>\n" in sent["content"] and time.process_time() - start < 1
 
 
+@pytest.mark.parametrize("unit", ["a", "ab ", "\u4e00", "1", "a'"])
+def test_a_thousand_segments_of_a_repeated_text_take_less_than_two_seconds(unit):
+    text = (unit * LONGEST)[:LONGEST]
+    start = time.process_time()
+    masked_from(text, [text[:k] for k in range(1, 1000)])
+    masked_from(text, [f"{text[:k]} x" for k in range(1, 1000)])
+    assert time.process_time() - start < 2
+
+
 def test_long_replies_are_refused_and_not_cut():
     text = "a dog " * (LONGEST // 6 + 1)
     assert prompts.parse_answer(text) == ""
