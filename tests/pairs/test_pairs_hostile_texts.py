@@ -12,7 +12,7 @@ import pytest
 
 from realign.data.entries import entry_of
 from realign.data.errors import Malformed
-from realign.data.messages import split_at_tags
+from realign.data.messages import split_at_tags, tags_with
 from realign.evaluate.chair import Vocabulary
 from realign.evaluate.yesno import RULES
 from realign.pairs import prompts
@@ -133,6 +133,15 @@ def test_the_time_of_a_hostile_text_is_linear(call):
             assert taken < limit, (start, unit)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("image", "start"), [("a", "a"), ("a", "aa"), ("ab", "ba"), ("ab", "abab"), ("a", "ba")]
+)
+def test_image_tokens_of_a_model_take_linear_time(image, start):
+    tags, run = tags_with(image, start, "c"), image * (MANY // len(image))
+    for text in (run, start + run, (start + image) * (MANY // len(start + image))):
+        assert seconds(lambda text: split_at_tags(text, tags), text) < 2
 
 
 def test_a_numbered_tag_takes_linear_time():
