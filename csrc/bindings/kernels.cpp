@@ -45,8 +45,8 @@ void* at(uintptr_t address, Dtype dtype) {
   return dtype == Dtype::f32 ? static_cast<void*>(at<float>(address)) : at<uint16_t>(address);
 }
 
-// Loops and offsets in bytes are in int64 and int, so other sizes would be undefined. A pair holds a
-// number of rows, and the elements of a row or between rows.
+// Loops and offsets in bytes are in int64 and int, so other sizes would be undefined. A pair holds
+// a number of rows, and the elements of a row or between rows.
 void check_sizes(std::initializer_list<std::pair<int64_t, int64_t>> sizes, int threads) {
   constexpr int64_t most = std::numeric_limits<int64_t>::max() / 16;
   for (const auto [rows, stride] : sizes) {
