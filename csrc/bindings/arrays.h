@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <type_traits>
 
@@ -40,6 +41,15 @@ T* at(uintptr_t address) {
     }
   }
   return reinterpret_cast<T*>(address);
+}
+
+// An access to address 0 ends the process. Tensors without elements have this address.
+inline void check_given(std::initializer_list<uintptr_t> addresses) {
+  for (const uintptr_t address : addresses) {
+    if (address == 0) {
+      throw pybind11::value_error("a tensor has the address 0. Pass a tensor with elements.");
+    }
+  }
 }
 
 }  // namespace realign

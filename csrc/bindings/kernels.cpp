@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
@@ -29,7 +30,10 @@ namespace py = pybind11;
 namespace {
 
 using realign::at;
+using realign::check_given;
 using realign::Dtype;
+
+constexpr int kMostThreads = 4096;
 
 Dtype dtype_of(const std::string& name) {
   if (name == "float32") return Dtype::f32;
@@ -41,12 +45,24 @@ void* at(uintptr_t address, Dtype dtype) {
   return dtype == Dtype::f32 ? static_cast<void*>(at<float>(address)) : at<uint16_t>(address);
 }
 
-// Loops and offsets are in int64 and int, so negative sizes would be undefined.
-void check_sizes(std::initializer_list<int64_t> sizes, int threads) {
-  for (const int64_t size : sizes) {
-    if (size < 0) throw py::value_error("a size is negative: " + std::to_string(size));
+// Loops and offsets in bytes are in int64 and int, so other sizes would be undefined. A pair holds
+// a number of rows, and the elements of a row or between rows.
+void check_sizes(std::initializer_list<std::pair<int64_t, int64_t>> sizes, int threads) {
+  constexpr int64_t most = std::numeric_limits<int64_t>::max() / 16;
+  for (const auto [rows, stride] : sizes) {
+    if (rows < 0 || stride < 0) {
+      throw py::value_error("a size is negative: " + std::to_string(std::min(rows, stride)));
+    }
+    if (stride > 0 && rows > most / stride) {
+      throw py::value_error("a matrix of " + std::to_string(rows) + " x " +
+                            std::to_string(stride) + " elements is too large");
+    }
   }
-  if (threads < 1) throw py::value_error("threads must be at least 1");
+  // The OpenMP library ends the process if the system refuses a thread.
+  if (threads < 1 || threads > kMostThreads) {
+    throw py::value_error("threads must be at least 1 and at most " +
+                          std::to_string(kMostThreads) + ", got " + std::to_string(threads));
+  }
 }
 
 py::dict cpu_features() {
@@ -63,7 +79,11 @@ py::dict cpu_features() {
 void gemm(const std::string& dtype, int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row,
           int64_t a_column, uintptr_t b, int64_t b_row, int64_t b_column, uintptr_t c,
           int64_t c_row, const std::string& c_dtype, bool accumulate, int threads) {
-  check_sizes({m, n, k}, threads);
+  check_sizes({{m, n}, {m, k}, {k, n}, {m, a_row}, {k, a_column}, {k, b_row}, {n, b_column},
+               {m, c_row}},
+              threads);
+  if (m > 0 && n > 0) check_given({c});
+  if (m > 0 && n > 0 && k > 0) check_given({a, b});
   const realign::Matrix left{at(a, dtype_of(dtype)), a_row, a_column};
   const realign::Matrix right{at(b, dtype_of(dtype)), b_row, b_column};
   if ((a_row != 1 && a_column != 1) || (b_row != 1 && b_column != 1)) {
@@ -88,7 +108,9 @@ void row_stats(uintptr_t logits, const std::string& logits_dtype, int64_t logits
                const std::string& exp_logits_dtype, int64_t exp_logits_stride, uintptr_t target,
                uintptr_t logit, uintptr_t max_logit, uintptr_t sum_exp, uintptr_t dz_dlogit,
                int threads) {
-  check_sizes({rows, vocabulary}, threads);
+  check_sizes({{rows, vocabulary}, {rows, logits_stride}, {rows, exp_logits_stride}}, threads);
+  if (rows > 0) check_given({labels, target, logit, max_logit, sum_exp, dz_dlogit});
+  if (rows > 0 && vocabulary > 0) check_given({logits});
   const Dtype from = dtype_of(logits_dtype), to = dtype_of(exp_logits_dtype);
   const realign::RowInputs in{at(logits, from), from,       logits_stride,
                               rows,             vocabulary, at<const int64_t>(labels),
@@ -106,7 +128,9 @@ void hidden_grad_epilogue(int64_t rows, int64_t width, uintptr_t exp_w, uintptr_
                           int64_t weight_stride, const std::string& weight_dtype, uintptr_t target,
                           uintptr_t dz_dlogit, uintptr_t sum_exp, uintptr_t factor, uintptr_t out,
                           const std::string& out_dtype, int threads) {
-  check_sizes({rows, width}, threads);
+  check_sizes({{rows, width}, {1, weight_stride}}, threads);
+  if (rows > 0) check_given({target, dz_dlogit, sum_exp, factor});
+  if (rows > 0 && width > 0) check_given({exp_w, weight, out});
   const Dtype from = dtype_of(weight_dtype), to = dtype_of(out_dtype);
   const auto* exp_w_data = at<const float>(exp_w);
   const void* weight_data = at(weight, from);

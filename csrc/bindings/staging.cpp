@@ -39,6 +39,7 @@ void push(Staging& ring, uintptr_t values, int64_t count,
   if (offsets.size() < 1) {
     throw py::value_error("offsets must be 1-D, with one entry more than the number of leaves");
   }
+  if (count > 0) realign::check_given({values});
   ring.push(at<const float>(values), count, from, offsets.size() - 1, at(stream));
 }
 

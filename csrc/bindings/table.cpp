@@ -37,6 +37,14 @@ const std::string& whole(const std::string& text, const char* name) {
   return text;
 }
 
+// The table refuses a name with a surrogate. The conversion of pybind11 is a TypeError.
+std::optional<std::string> name_of(const std::optional<py::str>& writer) {
+  if (!writer) return std::nullopt;
+  PyObject* bytes = PyUnicode_AsEncodedString(writer->ptr(), "utf-8", "backslashreplace");
+  if (bytes == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::bytes>(bytes).cast<std::string>();
+}
+
 const uint8_t* key_data(const py::array& keys) {
   if (keys.dtype().kind() != 'V' || keys.itemsize() != 16) {
     throw py::value_error("keys must be a contiguous 1-D array of V16");
@@ -149,10 +157,11 @@ void bind_table(py::module_& module) {
   py::register_local_exception_translator(&translate);
   py::class_<Table>(module, "Table")
       .def(py::init([](const std::string& folder, const py::bytes& fingerprint,
-                       const std::optional<std::string>& writer, bool read_only) {
+                       const std::optional<py::str>& writer, bool read_only) {
              const Fingerprint print = to_fingerprint(fingerprint);
+             const std::optional<std::string> name = name_of(writer);
              py::gil_scoped_release release;
-             return std::make_unique<Table>(whole(folder, "folder"), print, writer, read_only);
+             return std::make_unique<Table>(whole(folder, "folder"), print, name, read_only);
            }),
            py::arg("folder"), py::arg("fingerprint"), py::arg("writer") = py::none(),
            py::arg("read_only") = false)

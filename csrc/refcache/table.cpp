@@ -29,10 +29,11 @@ constexpr int64_t kUnit = sizeof(Record);
 constexpr int kMostListings = 100;
 
 void check_name(const std::string& name) {
-  if (!plain_name(name)) {
-    throw std::invalid_argument("writer is '" + name +
-                                "'. Use letters, digits, '.', '_' and '-', without a leading dot.");
-  }
+  if (plain_name(name)) return;
+  std::string shown = name.substr(0, 80);  // in a message, a control character acts on a terminal
+  std::replace_if(shown.begin(), shown.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
+  throw std::invalid_argument("writer is '" + shown +
+                              "'. Use letters, digits, '.', '_' and '-', without a leading dot.");
 }
 
 std::string random_name() {

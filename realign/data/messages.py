@@ -44,10 +44,12 @@ def tags_with(image: str, start: str | None = None, end: str | None = None) -> r
     Args:
         image: the image token.
         start: text before a run of image tokens.
-        end: text after it.
+        end: text after it. A frame counts only if no run of image tokens contains its start:
+            a search from every place in a run takes quadratic time.
     """
-    token = re.escape(image)
-    framed_tag = f"{re.escape(start)}(?:{token})+{re.escape(end)}|" if start and end else ""
+    token, framed_tag = re.escape(image), ""
+    if start and end and start not in image * (len(start) // len(image) + 2):
+        framed_tag = f"{re.escape(start)}(?:{token})+{re.escape(end)}|"
     return re.compile(f"{framed_tag}{_FAMILY_TAGS}|{token}")
 
 

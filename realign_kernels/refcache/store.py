@@ -180,15 +180,14 @@ def open_table(
         _warn_of_other_kind(name)
     compiled = extension()
     if compiled is not None:
-        # A path need not be UTF-8, and a name with other characters is refused below.
-        log = None if writer is None else writer.encode("utf-8", "backslashreplace")
-        table = compiled.Table(os.fsencode(name), fingerprint, log, read_only)
-        if skipped := table.stats()["skipped"]:
-            more = f" So are {len(skipped) - 1} other files." if len(skipped) > 1 else ""
-            _warn(
-                f"{skipped[0]}, and is skipped.{more} Its log-probs are computed again. Remove it, "
-                "or choose a cache folder that only trusted users can write to."
-            )
+        # A path need not be UTF-8.
+        table = compiled.Table(os.fsencode(name), fingerprint, writer, read_only)
+        by_remedy: dict[str, list[str]] = {}
+        for log in table.stats()["skipped"]:
+            by_remedy.setdefault(_remedy(log), []).append(log)
+        for remedy, (log, *others) in by_remedy.items():
+            more = f" So are {len(others)} other files." if others else ""
+            _warn(f"{log}, and is skipped.{more} Its log-probs are computed again. {remedy}")
         return table
     if writer is not None:
         raise ValueError(
@@ -247,6 +246,15 @@ def _warn_of_other_kind(folder: str) -> None:
             f"this process runs {'without' if without else 'with'} it. Log-probs in the file are "
             "not read, and missing ones are computed again."
         )
+
+
+def _remedy(refusal: str) -> str:
+    """The step that lets a process read a log that it skips, by the reason of `csrc/refcache`."""
+    if refusal.endswith("not accessible to this user"):
+        return "Ask its owner to make it readable (chmod a+r)."
+    if refusal.endswith("leased by another process"):
+        return "Open the table again after that process ends."
+    return "Remove it, or choose a cache folder that only trusted users can write to."
 
 
 def _warn(message: str) -> None:

@@ -97,6 +97,9 @@ def test_sizes_outside_of_their_range_are_refused():
             core.read_rows(
                 *(at, "float32", 4, m, 4, at, 0, 0.0, 1.0, 0, at, "float32", 4, *[at] * 5, threads)
             )
+    for threads in (4097, 2**31 - 1):
+        with pytest.raises(ValueError, match="threads must be at least 1 and at most 4096"):
+            core.gemm("float32", 0, 2, 2, at, 2, 1, at, 2, 1, at, 2, "float32", False, threads)
     for size in (most, 2**64 - 1):
         with pytest.raises(ValueError, match="is too large"):
             core.Block(size)
@@ -111,6 +114,57 @@ def test_sizes_outside_of_their_range_are_refused():
     ):
         with pytest.raises(ValueError, match=r"must be in \[1"):
             core.pack_forest(np.array(roots), np.array(leaves), np.arange(len(leaves)) * 0, budget)
+
+
+LONG = 2**40  # the product of two is above the range of int64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sizes_with_a_product_above_int64_are_refused(dtype):
+    core, at = extension(), np.zeros(64).ctypes.data
+    product = [dtype, 2, 2, 2, at, 2, 1, at, 2, 1, at, 2, "float32", False, 1]
+    rows = [at, dtype, 4, 1, 4, at, 0, 0.0, 1.0, 0, at, dtype, 4, *[at] * 5, 1]
+    finish = [1, 2, at, at, 2, dtype, *[at] * 4, at, dtype, 1]
+    for call, arguments, sizes in (
+        (core.gemm, product, ((1, 2), (1, 3), (2, 3), (1, 5), (3, 6), (3, 8), (2, 9), (1, 11))),
+        (core.read_rows, rows, ((3, 4), (3, 2), (3, 12))),
+        (core.finish_direction, finish, ((0, 1),)),
+    ):
+        for pair in sizes:
+            large = [LONG if i in pair else value for i, value in enumerate(arguments)]
+            with pytest.raises(ValueError, match="is too large"):
+                call(*large)
+    with pytest.raises(ValueError, match="a size is negative: -3"):
+        core.gemm("float32", 2, 2, 2, at, -3, 1, at, 2, 1, at, 2, "float32", False, 1)
+
+
+def test_an_address_of_0_is_refused():
+    core, at = extension(), np.zeros(64).ctypes.data
+    product = ["float32", 2, 2, 2, at, 2, 1, at, 2, 1, at, 2, "float32", False, 1]
+    rows = [at, "float32", 4, 1, 4, at, 0, 0.0, 1.0, 0, at, "float32", 4, *[at] * 5, 1]
+    finish = [1, 2, at, at, 2, "float32", *[at] * 4, at, "float32", 1]
+    with pytest.raises(ValueError, match="a tensor has the address 0"):
+        core.StagingRing(1).push(0, 4, np.array([0, 4]))
+    for call, arguments, addresses, size in (
+        (core.gemm, product, (4, 7, 10), 1),
+        (core.read_rows, rows, (0, 5, 13, 14, 15, 16, 17), 3),
+        (core.finish_direction, finish, (2, 3, 6, 7, 8, 9, 10), 0),
+    ):
+        for place in addresses:
+            missing = [0 if i == place else value for i, value in enumerate(arguments)]
+            with pytest.raises(ValueError, match="a tensor has the address 0"):
+                call(*missing)
+            missing[size] = 0  # a tensor without elements has no address
+            if core.cpu_features()["gemm_f32"] or call is not core.gemm:
+                call(*missing)
+
+
+def test_the_error_of_a_strange_name_is_printable(tmp_path):
+    for name in ("\x1b[2J\r\n\x7f", "\u202e\x9b", "\ud800", "\udc80", "a/" + "\x07" * 10**6):
+        for call in (extension().Table, open_table):
+            with pytest.raises(ValueError, match="writer is '") as error:
+                call(str(tmp_path / "table"), PRINT, writer=name)
+            assert str(error.value).isprintable() and len(str(error.value)) < 200
 
 
 def test_long_and_strange_names_are_refused(tmp_path):

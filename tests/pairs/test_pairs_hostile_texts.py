@@ -12,7 +12,7 @@ import pytest
 
 from realign.data.entries import entry_of
 from realign.data.errors import Malformed
-from realign.data.messages import split_at_tags
+from realign.data.messages import split_at_tags, tags_with
 from realign.evaluate.chair import Vocabulary
 from realign.evaluate.yesno import RULES
 from realign.pairs import prompts
@@ -135,11 +135,29 @@ def test_the_time_of_a_hostile_text_is_linear(call):
         gc.enable()
 
 
+@pytest.mark.parametrize(
+    ("image", "start"), [("a", "a"), ("a", "aa"), ("ab", "ba"), ("ab", "abab"), ("a", "ba")]
+)
+def test_image_tokens_of_a_model_take_linear_time(image, start):
+    tags, run = tags_with(image, start, "c"), image * (MANY // len(image))
+    for text in (run, start + run, (start + image) * (MANY // len(start + image))):
+        assert seconds(lambda text: split_at_tags(text, tags), text) < 2
+
+
 def test_a_numbered_tag_takes_linear_time():
     text = " ".join(f"<response{number or ''}>" for number in range(30_000))
     start = time.process_time()
     (sent,) = prompts.mask_chat(text).messages
     assert "<response30000>\n" in sent["content"] and time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("unit", ["a", "ab ", "\u4e00", "1", "a'"])
+def test_a_thousand_segments_of_a_repeated_text_take_less_than_two_seconds(unit):
+    text = (unit * LONGEST)[:LONGEST]
+    start = time.process_time()
+    masked_from(text, [text[:k] for k in range(1, 1000)])
+    masked_from(text, [f"{text[:k]} x" for k in range(1, 1000)])
+    assert time.process_time() - start < 2
 
 
 def test_long_replies_are_refused_and_not_cut():

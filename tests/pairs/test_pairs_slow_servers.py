@@ -131,23 +131,54 @@ def test_a_fast_endless_answer_ends_at_a_limit_too(name):
     assert seconds < LIMIT + MARGIN and reply.error
 
 
-def test_all_addresses_of_a_host_share_the_time_limit(monkeypatch):
+@pytest.fixture
+def dead():
+    """An address that does not answer a connection."""
     with socket.socket() as full, contextlib.ExitStack() as stack:
-        full.bind(("127.0.0.1", 0))
+        full.bind(("127.0.0.2", 0))
         full.listen(0)
         for _ in range(3):  # with a full queue, the kernel ignores further connections
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", full.getsockname())] * 8
-        original = socket.getaddrinfo
-        monkeypatch.setattr(
-            socket,
-            "getaddrinfo",
-            lambda host, *a, **k: found if host == "localhost" else original(host, *a, **k),
-        )
-        reply, seconds = timed(f"http://localhost:{full.getsockname()[1]}/v1")
+        yield full.getsockname()
+
+
+def resolve(monkeypatch, *addresses):
+    """Give `localhost` these addresses."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+    original = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *a, **k: found if host == "localhost" else original(host, *a, **k),
+    )
+
+
+def test_all_addresses_of_a_host_share_the_time_limit(monkeypatch, dead):
+    resolve(monkeypatch, *[dead] * 8)
+    reply, seconds = timed(f"http://localhost:{dead[1]}/v1")
     assert seconds < LIMIT + MARGIN and "no answer within" in reply.error
+
+
+def test_a_host_with_a_dead_first_address_answers_from_the_second(monkeypatch, dead):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", dead[1]))  # the same port at another address
+        listener.listen(8)
+        server = RawServer(lambda: [OK + b"\r\n" + BODY], pause=0)
+        server.listener.close()
+        server.listener = listener
+        resolve(monkeypatch, dead, listener.getsockname())
+        with server:
+            reply, seconds = timed(f"http://localhost:{dead[1]}/v1", timeout=2)
+    assert reply == Reply("a dog") and seconds >= 1
+
+
+@pytest.mark.parametrize("coding", [b"", b"identity", b" Identity "])
+def test_an_answer_without_a_content_coding_is_read(coding):
+    head = OK + b"Content-Encoding: " + coding + b"\r\n\r\n"
+    with RawServer(lambda: [head + BODY], pause=0) as server:
+        assert timed(server.url)[0] == Reply("a dog")
 
 
 def test_each_try_has_its_own_time_limit():

@@ -12,6 +12,7 @@ import sqlite3
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -334,6 +335,24 @@ def test_a_link_in_place_of_the_folder_during_a_run(kind, folder, victim):
     ):
         with pytest.raises(OSError, match="folder of a table is a symbolic link"):
             call()
+
+
+@pytest.mark.skipif(extension() is None, reason="a database has no logs")
+def test_the_warning_of_an_unreadable_log_names_its_owner():
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as place, pytest.warns(RuntimeWarning) as caught:
+        os.chmod(place, 0o755)
+        open_table(place, FINGERPRINT, writer="a").insert(*make(range(3)))
+        Path(place, "a.log").chmod(0)
+        Path(place, "b.log").symlink_to("a.log")
+        os.seteuid(user or 65534)  # root reads every file
+        try:
+            assert len(open_table(place, FINGERPRINT, read_only=True)) == 0
+        finally:
+            os.seteuid(user)
+    unreadable, link = (str(warning.message) for warning in caught)
+    assert unreadable.endswith("Ask its owner to make it readable (chmod a+r).")
+    assert "Remove it" not in unreadable and "Remove it" in link
 
 
 def test_new_files_honour_the_umask(kind, folder):

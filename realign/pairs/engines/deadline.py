@@ -74,12 +74,14 @@ class _Backend(httpcore2.SyncBackend):
         except OSError as error:
             raise httpcore2.ConnectError(str(error)) from error
         failure: Exception = httpcore2.ConnectError("the host has no address")
-        for *_, address in found:  # the library would give each address the full time
-            left = self._deadline.left(httpcore2.ConnectTimeout)
+        for number, (*_, address) in enumerate(found):
+            # The library would give each address the full time. An equal share lets the next
+            # address answer when this one is dead.
+            share = self._deadline.left(httpcore2.ConnectTimeout) / (len(found) - number)
             try:
-                stream = super().connect_tcp(str(address[0]), port, left, *args, **kwargs)
+                stream = super().connect_tcp(str(address[0]), port, share, *args, **kwargs)
                 return _Stream(stream, self._deadline)
-            except httpcore2.ConnectError as error:
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
         raise failure
 
@@ -130,7 +132,7 @@ def read_bounded(response: httpx2.Response) -> None:
         [(n.encode(), text.encode("utf-8", "replace")) for n, text in kept.items() if text]
     )
     data = bytearray()
-    if encoding == "identity":
+    if encoding in ("", "identity"):
         for part in response.stream:
             data += part
             if len(data) > MOST_BYTES:

@@ -17,6 +17,8 @@ from realign.pairs.masking.segments import CATEGORIES, Span, find_segments
 
 MASK = "[MASK]"
 _EDGES = " \t\r\n\"'“”‘’`.,;:!?"  # characters that a language model may add around a segment
+_EDGE = "\1"
+_NOT_INSIDE_A_WORD = re.compile(r"(?<![^\W_])|(?![^\W_])")
 
 
 @dataclass(frozen=True)
@@ -101,37 +103,39 @@ def masked_from(text: str, spans: Iterable[str]) -> Masked | None:
     # White space becomes one space, so a segment is a literal.
     places = [i for i, c in enumerate(text) if not (c.isspace() and text[i - 1 : i].isspace())]
     line = "".join(" " if text[i].isspace() else text[i] for i in places)
-    free = [line, _lower(line)]  # the accepted segments become null characters
+    # The accepted segments become null characters.
+    free = [_with_edges(part.replace(_EDGE, "\0")) for part in (line, _lower(line))]
+    rest = iter(places)
+    places = [-1 if c == _EDGE else next(rest) for c in free[0]]
     absent: set[tuple[int, str]] = set()
     accepted: list[Span] = []
     after = 0
     for segment in spans:
         words = " ".join(segment.strip(_EDGES).split())
         for case, wanted in enumerate((words, _lower(words))):
-            if not wanted or "\0" in wanted or (case, wanted) in absent:
+            if not wanted or "\0" in wanted or _EDGE in wanted or (case, wanted) in absent:
                 continue
-            start = _find(wanted, free[case], after)
-            if start is None:
+            literal = _with_edges(wanted)
+            start = free[case].find(literal, after)
+            if start < 0 < after:
+                start = free[case].find(literal)
+            if start < 0:
                 absent.add((case, wanted))
                 continue
-            after = start + len(wanted)
-            free = [part[:start] + "\0" * len(wanted) + part[after:] for part in free]
-            accepted.append((places[start], places[after - 1] + 1))
+            after = start + len(literal) - 1  # the next segment may start at this edge
+            nulls = "\0" * (len(literal) - 2)
+            free = [part[: start + 1] + nulls + part[after:] for part in free]
+            accepted.append((places[start + 1], places[after - 1] + 1))
             break
     return _hide(text, sorted(accepted))
 
 
-def _find(words: str, text: str, after: int) -> int | None:
-    """The place of complete words, from `after` or else from the start; None without one."""
-    if words not in text:
-        return None
-    # The literal comes first, so `re` searches for it without a match at every character.
-    literal = re.escape(words)
-    before = rf"(?<![^\W_]{literal})" if words[0].isalnum() else ""
-    behind = r"(?![^\W_])" if words[-1].isalnum() else ""
-    pattern = re.compile(literal + before + behind)
-    match = pattern.search(text, after) or pattern.search(text)
-    return None if match is None else match.start()
+def _with_edges(text: str) -> str:
+    """The text with an edge at each place that is not inside a word, so `find` finds whole words.
+
+    `find` takes linear time. A regular expression takes quadratic time for a text that repeats.
+    """
+    return _NOT_INSIDE_A_WORD.sub(_EDGE, text)
 
 
 def _lower(text: str) -> str:
