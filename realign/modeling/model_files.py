@@ -191,10 +191,10 @@ def _check_folder(folder: Path, place: str, *, hub: bool = False) -> None:
 
 
 def _is_read(file: Path, hub: bool) -> bool:
-    """Whether loading, or the export of a model card, reads a file or a folder of this name."""
+    """Whether loading, or the export of a model card, reads a file of this name."""
     if not file.exists() and (hub or file.suffix not in _NEEDED):  # a link that leads nowhere
         return False
-    return file.suffix in (*_NEEDED, *_TEXTS) or file.name in (_TEMPLATES, "README.md")
+    return file.suffix in (*_NEEDED, *_TEXTS) or file.name == "README.md"
 
 
 def _check_fields(file: Path, fields: dict[str, Any]) -> None:

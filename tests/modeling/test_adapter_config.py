@@ -14,6 +14,7 @@ import pytest
 from adapter_kinds import KINDS, load_base, quiet, save_base, save_trained
 from huggingface_hub import constants
 from peft import LoraConfig
+from torch import nn
 
 from realign.modeling import adapter_config, limits
 from realign.modeling.adapter_config import plain_names, read_adapter_config
@@ -128,9 +129,7 @@ def test_a_configuration_of_every_kind_is_read_as_by_peft(kind, tmp_path):
 )
 def test_a_field_that_imports_allocates_or_computes_is_refused(adapter, fields):
     file = change(adapter, **fields)
-    with pytest.raises(
-        ValueError, match=f"{file} is not a configuration that PEFT"
-    ) as caught:
+    with pytest.raises(ValueError, match=f"{file} is not a configuration that PEFT") as caught:
         load_processor(adapter)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
@@ -220,6 +219,16 @@ def test_keys_of_patterns_give_the_ranks_of_peft(base, kind):
     plain_names(config, model := load_base(base))
     assert set(truth.values()) > {2, 3, 5, 6} and list(config.rank_pattern)[1] == "q_proj"
     assert ranks(peft.get_peft_model(model, config)) == truth
+
+
+def test_a_key_with_an_anchor_matches_no_inner_module():
+    model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.ModuleDict({"a": nn.Linear(1, 1)})})
+    config = LoraConfig(target_modules=["a"], rank_pattern={"^a|x": 2})
+    plain_names(config, model)
+    assert config.rank_pattern
+    (key,) = config.rank_pattern
+    names = [name for name, _ in model.named_modules()]
+    assert [name for name in names if re.match(rf"(.*\.)?({key})$", name)] == ["a"]
 
 
 def ranks(adapted) -> dict[str, int]:
