@@ -124,7 +124,8 @@ def _lengths(array: pa.Array) -> pa.Array:
     if any(is_kind(kind) for is_kind in (*texts, pa.types.is_large_binary)):
         return pc.call_function("binary_length", [array]).cast(pa.int64())
     if pa.types.is_fixed_size_binary(kind):
-        return pc.multiply(array.is_valid().cast(pa.int64()), kind.byte_width)
+        valid = array.is_valid().cast(pa.int64())
+        return pc.call_function("multiply", [valid, pa.scalar(kind.byte_width)])
     return pa.nulls(len(array), pa.int64())
 
 
