@@ -13,7 +13,7 @@ from tiny_processors import make_processor
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from realign.data import images
+from realign.data import images as image_files
 from realign.data.records import Record, RecordError, StoredImage, read_pairs
 from realign.digits.scenes import CAPTION_PROMPT
 from realign.modeling.encode import chat_prompt, encode_records
@@ -189,7 +189,7 @@ def test_a_template_that_ends_turns_itself_gets_no_other_end(letters, record):
 
 def test_errors_of_processor_and_template_name_the_record(scenes, monkeypatch):
     """The other records are encoded as usual."""
-    monkeypatch.setattr(images, "MAX_RATIO", 1000)  # above the processor's own limit
+    monkeypatch.setattr(image_files, "MAX_RATIO", 1000)  # above the processor's own limit
     processor = make_processor("qwen2_vl")
     layout = Layout(processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     stored = [StoredImage.from_pil(Image.new("RGB", size)) for size in ((56, 56), (1200, 4))]
