@@ -5,11 +5,12 @@ import re
 
 import numpy as np
 import pytest
+from table_records import needs_extension
 
 from realign_kernels._extension import extension
 from realign_kernels.refcache.store import compact_table, open_table
 
-pytestmark = pytest.mark.skipif(extension() is None, reason="the C++ extension is not built")
+pytestmark = needs_extension
 PRINT = bytes(16)
 
 

@@ -6,10 +6,15 @@ import signal
 import time
 
 import numpy as np
+import pytest
 
+from realign_kernels._extension import extension
 from realign_kernels.refcache.store import compact_table, open_table
 
 FINGERPRINT = bytes(range(1, 17))
+needs_extension = pytest.mark.skipif(
+    extension() is None, reason="needs the C++ extension; `make build` builds it"
+)
 SPAN = 2**40  # writer w uses numbers from w * SPAN
 
 

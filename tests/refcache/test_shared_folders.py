@@ -11,7 +11,6 @@ import signal
 import sqlite3
 import stat
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -22,29 +21,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forests import make_forests
-from table_records import FINGERPRINT, find, make
+from table_records import FINGERPRINT, find, make, needs_extension
 
 from realign_kernels import ReferenceCache, refcache
-from realign_kernels._extension import extension
 from realign_kernels.refcache import store
 from realign_kernels.refcache.cache import fingerprint_digest
 from realign_kernels.refcache.store import DATABASE, compact_table, open_table
 
-KINDS = ["database"] if extension() is None else ["logs", "database"]
 FIRST = {"logs": "00000.log", "database": DATABASE}
 SECOND = {"logs": "00001.log", "database": "records-1.sqlite"}
 PRINT = {"weights": "a" * 32, "dtype": "fp32"}
 TEXT = b"export A=1\n" * 7  # 77 bytes, 13 of them after the last whole record
-needs_extension = pytest.mark.skipif(extension() is None, reason="the C++ extension is not built")
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-
-
-@pytest.fixture(params=KINDS)
-def kind(request, monkeypatch):
-    """The kind of all tables of a test."""
-    if request.param == "database":
-        monkeypatch.setattr(store, "extension", lambda: None)
-    return request.param
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="needs root, to give files to another user"
+)
 
 
 @pytest.fixture
@@ -287,7 +277,7 @@ def test_a_huge_sparse_log_takes_no_time_and_no_memory(folder):
 
 
 @needs_extension
-@pytest.mark.skipif(sys.platform != "linux", reason="leases are of Linux")
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="needs a system with file leases")
 def test_a_leased_log_does_not_block(folder):
     (folder / "a.log").write_bytes(b"")
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the holder of the lease gets it
@@ -337,7 +327,7 @@ def test_a_link_in_place_of_the_folder_during_a_run(kind, folder, victim):
             call()
 
 
-@pytest.mark.skipif(extension() is None, reason="a database has no logs")
+@needs_extension
 def test_the_warning_of_an_unreadable_log_names_its_owner():
     user = os.geteuid()
     with tempfile.TemporaryDirectory() as place, pytest.warns(RuntimeWarning) as caught:

@@ -16,23 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import table_records
-from table_records import FINGERPRINT, SPAN, find, kill_writer, make
+from table_records import FINGERPRINT, SPAN, find, kill_writer, make, needs_extension
 
-from realign_kernels._extension import extension
 from realign_kernels.refcache import store
 from realign_kernels.refcache.store import DATABASE, DatabaseTable, compact_table, open_table
 
 STRESS_SECONDS = float(os.environ.get("REALIGN_STRESS_SECONDS", "1.5"))
-KINDS = ["database"] if extension() is None else ["logs", "database"]
-needs_extension = pytest.mark.skipif(extension() is None, reason="the C++ extension is not built")
-
-
-@pytest.fixture(params=KINDS)
-def kind(request, monkeypatch):
-    """The kind of all tables of a test."""
-    if request.param == "database":
-        monkeypatch.setattr(store, "extension", lambda: None)
-    return request.param
 
 
 @pytest.fixture
