@@ -53,7 +53,7 @@ class Sheet:
     """
 
     questions: Sequence[Question]
-    folder: Path
+    folder: DataFolder
     output: Path
     asked: dict[str, Any]
     done: dict[str, dict[str, Any]]
@@ -92,7 +92,7 @@ def prepare(
     check_file("--output", output)
     mark = files_digest(model)
     asked = {"model": model, "mark": mark, "max_tokens": max_tokens, "suffix": suffix}
-    sheet = Sheet(questions, Path(images), output, asked, _read(output, asked))
+    sheet = Sheet(questions, DataFolder(images), output, asked, _read(output, asked))
     for question in questions:
         earlier = sheet.done.get(question.id)
         if earlier is not None and (earlier.get("question"), earlier.get("image")) != (
@@ -215,9 +215,9 @@ def _check_images(sheet: Sheet) -> None:
     for question in sheet.missing:
         if question.image is not None:
             images.setdefault(question.image, question)
-    if images and not sheet.folder.is_dir():
+    if images and not Path(sheet.folder.path).is_dir():
         raise ValueError(
-            f"--image-folder {sheet.folder} is not a folder. Name the folder of the images."
+            f"--image-folder {sheet.folder.path} is not a folder. Name the folder of the images."
         )
     places = {name: _place(sheet.folder, question) for name, question in images.items()}
     absent = [name for name, place in places.items() if not Path(place).is_file()]
@@ -230,11 +230,11 @@ def _check_images(sheet: Sheet) -> None:
         )
 
 
-def _place(folder: Path, question: Question) -> str:
+def _place(folder: DataFolder, question: Question) -> str:
     """The file of a question's image."""
     assert question.image is not None
     try:
-        return DataFolder(folder).file(question.image)
+        return folder.file(question.image)
     except ImageError as error:
         raise ValueError(f"the image of question {question.id!r}: {error}") from error
 
