@@ -168,7 +168,7 @@ class DataFolder:
     """
 
     def __init__(self, folder: str | Path, start: str | Path | None = None) -> None:
-        self.path = os.path.realpath(folder)
+        self.given, self.path = str(folder), os.path.realpath(folder)
         self._starts = [self.path] + ([] if start is None else [os.path.realpath(start)])
         self._roots = [self.path]
         for parent in Path(self.path).parents:

@@ -217,7 +217,7 @@ def _check_images(sheet: Sheet) -> None:
             images.setdefault(question.image, question)
     if images and not Path(sheet.folder.path).is_dir():
         raise ValueError(
-            f"--image-folder {sheet.folder.path} is not a folder. Name the folder of the images."
+            f"--image-folder {sheet.folder.given} is not a folder. Name the folder of the images."
         )
     places = {name: _place(sheet.folder, question) for name, question in images.items()}
     absent = [name for name, place in places.items() if not Path(place).is_file()]
