@@ -149,7 +149,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
             model,
             inputs.examples,
             inputs.store,
-            row_tokens=config.row_tokens or inputs.longest_tree,
+            row_tokens=config.row_tokens or inputs.examples.longest_tree,
             batch_rows=config.batch_rows,
             device=device,
             progress=progress,

@@ -44,6 +44,7 @@ METAVARS = {
     "clip": "NORM",
     "epochs": "N",
     "image_folder": "FOLDER",
+    "workers": "N",
     "output": "FOLDER",
     "reference_cache": "FOLDER",
     "wandb": "PROJECT",
@@ -103,6 +104,9 @@ class DataConfig:
     max_response_tokens: int = 1024
     """Maximum number of tokens in a response. A longer response is an error that names its record.
     Responses are never cut."""
+    workers: int | None = None
+    """Threads of each rank that decode and preprocess images ahead of the step. 0 uses the thread
+    that builds batches. Without it, the rank's cores but one, from 1 to 8."""
     row_tokens: int = 0
     """Maximum number of tokens in a row of the forest. 0 chooses by attention: one row for a whole
     forward ('tree'), at least 8192 ('flex'), or the longest tree (the others)."""
@@ -111,6 +115,7 @@ class DataConfig:
         if self.pairs is None and self.image_folder is not None:
             _no_effect("image_folder", "pairs of digits hold their images", "add --pairs")
         _positive("max_response_tokens", self.max_response_tokens)
+        _not_negative("workers", self.workers or 0)
         _not_negative("row_tokens", self.row_tokens)
 
 

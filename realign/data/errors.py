@@ -18,6 +18,16 @@ class RecordError(ValueError):
         super().__init__(f"record {short_repr(record)}: {problem} {remedy}")
         self.record = record
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Ranks exchange errors, with messages that were completed later."""
+        return _record_error, (self.record, self.args)
+
+
+def _record_error(record: str, args: tuple[Any, ...]) -> RecordError:
+    error = RecordError(record, "", "")
+    error.args = args
+    return error
+
 
 class Malformed(ValueError):
     """A row, message or chat that does not follow its format or cannot be rendered.

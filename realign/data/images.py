@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import io
 import math
 import os
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import PIL
+from PIL import Image, UnidentifiedImageError, features
 
 from realign.data.errors import RecordError, shorten
 from realign.files import open_regular
@@ -39,8 +41,14 @@ _TILE = (322, 323)
 """TIFF tags of the sides of a tile."""
 _MOST_SCANNED = 200 * MAX_PIXELS  # pixels times scans of a JPEG; usual are at most 14 scans
 _SHORTEST_SCAN = 10  # bytes
+_MOST_CHUNKS = 100_000
+"""Chunks of a PNG searched for EXIF. A PNG of `MAX_PIXELS` in chunks of 8 kB has 25,000."""
 _REPOSITORIES = ("datasets--", "models--", "spaces--")  # folders of the Hub's cache
 BACKGROUND = (255, 255, 255)  # behind transparent pixels, as in browsers
+_RULES = 1
+"""Version of `StoredImage.decode`; changed when the same bytes would decode to other pixels."""
+_SIZED = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+"""Formats whose header gives the size and orientation that decoding gives."""
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _UPRIGHT = {  # EXIF orientation -> its inverse
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,6 +59,7 @@ _UPRIGHT = {  # EXIF orientation -> its inverse
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 # Pillow scales 2- and 4-bit samples to 8 bits, and truncates 16-bit ones. It leaves the
 # transparent colour at its original depth.
 _WIDENED = {"L;2": 85, "L;4": 17}
@@ -115,13 +124,40 @@ class StoredImage:
             self._encoded() as file,
             Image.open(file, formats=_formats()) as image,
         ):
-            if image.format in ("JPEG", "MPO"):
-                _check_scans(file, image.width * image.height)
-            elif image.format == "PPM":
-                _check_plain(file)
-            elif image.format == "TIFF":
-                _check_tile(image, max_pixels)
+            _check_coding(image, file, max_pixels)
             return _to_rgb(image, max_pixels)
+
+    def size(self, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+        """Width and height of the upright image. Common formats need only their header.
+
+        Args:
+            max_pixels: limit on width times height.
+
+        Raises:
+            ImageError: for an invalid header, and for an invalid image of an uncommon format.
+        """
+        with (
+            _image_errors(),
+            self._encoded() as file,
+            Image.open(file, formats=_formats()) as image,
+        ):
+            _check_coding(image, file, max_pixels)
+            _check_size(image, max_pixels)
+            # Pillow decodes a PNG to find EXIF behind its pixels.
+            if image.format not in _SIZED or (image.format == "PNG" and _has_exif(file)):
+                return _to_rgb(image, max_pixels)[0].size
+            width, height = image.size
+            sideways = _orientation(image) in _SIDEWAYS
+            return (height, width) if sideways else (width, height)
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            ImageError: for a file that is missing, is not regular, or has more than `MAX_BYTES`.
+        """
+        with _image_errors(), self._encoded() as file:
+            return file.read(MAX_BYTES + 1)
 
     def _encoded(self) -> BinaryIO:
         """The encoded image, as an open file of at most `MAX_BYTES`."""
@@ -147,13 +183,30 @@ class StoredImage:
         try:
             return self.decode()[0]
         except ImageError as error:
-            named = self.path or f"{len(self.data or b'')} embedded bytes"
-            problem = f"{shorten(named)} cannot be read ({error.detail})"
-            if error.reason == "missing":
-                problem = error.detail
-            raise RecordError(
-                record, f"its image {problem}.", "Replace the image or remove the record."
-            ) from error
+            raise self.named(error, record) from error
+
+    def named(self, error: ImageError, record: str) -> RecordError:
+        """The error of this image with the name of its record."""
+        named = self.path or f"{len(self.data or b'')} embedded bytes"
+        problem = f"{shorten(named)} cannot be read ({error.detail})"
+        if error.reason == "missing":
+            problem = error.detail
+        return RecordError(
+            record, f"its image {problem}.", "Replace the image or remove the record."
+        )
+
+
+def digest_of_bytes(data: bytes) -> bytes:
+    """128-bit digest of an encoded image, which identifies the image."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def decoder() -> str:
+    """Versions of everything that turns encoded bytes into pixels."""
+    names = ("libjpeg_turbo", "jpg", "jpg_2000", "zlib", "libtiff", "webp", "avif")
+    versions = {name: features.version(name) for name in names}
+    parts = [f"{name} {version}" for name, version in versions.items() if version]
+    return ", ".join([f"rules {_RULES}", f"pillow {PIL.__version__}", *parts])
 
 
 class DataFolder:
@@ -227,6 +280,16 @@ class DataFolder:
         return os.path.realpath(file) if name in ("", ".", "..") or os.path.islink(file) else file
 
 
+def _check_coding(image: Image.Image, file: BinaryIO, max_pixels: int) -> None:
+    """Refuse an image whose coding takes much more time or memory than its pixels."""
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(file, image.width * image.height)
+    elif image.format == "PPM":
+        _check_plain(file)
+    elif image.format == "TIFF":
+        _check_tile(image, max_pixels)
+
+
 def _check_scans(file: BinaryIO, pixels: int) -> None:
     """Refuse a JPEG with so many scans that it takes hours. Each decodes all pixels again."""
     place = file.seek(0, os.SEEK_CUR)
@@ -295,6 +358,21 @@ def _formats() -> tuple[str, ...]:
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
     """Decodes a PIL image of any mode, loaded or not. See `StoredImage.decode`."""
+    _check_size(image, max_pixels)
+    # An MPO, a phone's JPEG with further images, is not an animation.
+    still = not getattr(image, "is_animated", False) or image.format == "MPO"
+    transparent = _transparent_colour(image)
+    image.load()
+    plain = still and image.mode in ("RGB", "L") and "transparency" not in image.info
+    flat = _flatten(image, transparent)
+    orientation = _orientation(image)
+    plain = plain and orientation is not None
+    if orientation in _UPRIGHT:
+        flat, plain = flat.transpose(_UPRIGHT[orientation]), False
+    return flat, plain
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError("too large", f"{width} x {height} is more than {max_pixels} pixels")
@@ -302,19 +380,27 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> tuple[Image.Image, bool]:
         raise ImageError("too large", f"{width} x {height} is a ratio of more than {MAX_RATIO}")
     if width * height == 0:
         raise ImageError("corrupt", f"its size is {width} x {height} pixels")
-    # An MPO, a phone's JPEG with further images, is not an animation.
-    still = not getattr(image, "is_animated", False) or image.format == "MPO"
-    transparent = _transparent_colour(image)
-    image.load()
-    plain = still and image.mode in ("RGB", "L") and "transparency" not in image.info
-    flat = _flatten(image, transparent)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation, 1 without any. None for broken EXIF."""
     try:
-        orientation = image.getexif().get(0x0112, 1)
+        return image.getexif().get(0x0112, 1)
     except Exception:  # broken EXIF is ignored here, but makes other readers fail
-        orientation, plain = 1, False
-    if orientation in _UPRIGHT:
-        flat, plain = flat.transpose(_UPRIGHT[orientation]), False
-    return flat, plain
+        return None
+
+
+def _has_exif(file: BinaryIO) -> bool:
+    """Whether a PNG may hold EXIF. Only the heads of its chunks are read."""
+    place, at = file.seek(0, os.SEEK_CUR), 8
+    for _ in range(_MOST_CHUNKS):
+        file.seek(at)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            break
+        at += 12 + int.from_bytes(head[:4], "big")
+    file.seek(place)
+    return len(head) == 8
 
 
 def _transparent_colour(image: Image.Image) -> Any:

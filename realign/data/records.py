@@ -124,6 +124,10 @@ def read_pairs(path: str | Path, image_folder: str | Path | None = None) -> list
     return records
 
 
+def stream_pairs(source, image_folder=None, *, split=None, format="auto", skipped=None):
+    yield from read_pairs(source, image_folder)
+
+
 def write_pairs(
     path: str | Path,
     records: Iterable[Record],

@@ -29,6 +29,8 @@ class RDPOConfig(TrainingArguments):
         visual_weight: weight of the visual term, for objectives that have one.
         max_response_tokens: maximum number of tokens in a response. A longer response is an error.
         row_tokens: maximum number of tokens in a row of the forest. 0 chooses by the attention.
+        image_workers: threads that decode and preprocess images ahead of the step. 0 uses the
+            thread that builds batches. None uses the cores of the process but one, from 1 to 8.
         reference_cache: folder of reference log-probs. The default is $REALIGN_CACHE/reference, or
             ~/.cache/realign/reference.
         learning_rate: peak learning rate. The default is the paper's.
@@ -44,6 +46,7 @@ class RDPOConfig(TrainingArguments):
     visual_weight: float = 1.0
     max_response_tokens: int = 1024
     row_tokens: int = 0
+    image_workers: int | None = None
     reference_cache: str | None = None
 
     @property

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from realign.data.record_table import RecordTable, open_table, table_of
+from realign.distributed import first_on_machine
 from realign.files import read_json
+from realign.hf.records import Records, records_of
 from realign.modeling.forest import Example
 from realign.modeling.loading import adapter_base, from_pretrained
 from realign.modeling.model import ForestModel
-from realign_kernels import leaf_keys
+from realign_kernels import Objective, leaf_keys
 
 
 class Module(ForestModel):
@@ -67,6 +70,32 @@ def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
         raise ValueError(f"{folder} holds an adapter. Resume with its peft_config.")
     saved = from_pretrained(type(vlm), folder, dtype=vlm.dtype)
     vlm.load_state_dict(saved.state_dict())
+
+
+def record_table(rows: Records) -> RecordTable:
+    """The table of preference records. With a process group, every rank calls it.
+
+    Raises:
+        RecordError: for an invalid record.
+        FileNotFoundError, ValueError: like `records_of`.
+    """
+    if isinstance(rows, str | Path):
+        return first_on_machine(lambda: open_table(rows))
+    return table_of(records_of(rows))
+
+
+def check_objective(training: Objective, evaluation: Objective) -> None:
+    """Check that training and evaluation records have the same number of visual negatives.
+
+    Raises:
+        ValueError: if their objectives differ.
+    """
+    if training != evaluation:
+        raise ValueError(
+            f"the objective {training.name!r} has {len(training.leaves)} leaves for the training "
+            f"records and {len(evaluation.leaves)} for the evaluation records. Give all records "
+            "the same number of `retrieved_images`."
+        )
 
 
 _FILE = "reference.json"

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
-from realign.distributed import disable_cudnn_attention
+from realign.distributed import default_workers, disable_cudnn_attention
 from realign.hf import adapter_checks, adapters, checks, parts
 from realign.hf.config import RDPOConfig
-from realign.hf.records import Records, records_of
+from realign.hf.records import Records
 from realign.modeling import reference_logps
 from realign.modeling.attention import choose
-from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.encode import encode_table, make_objective
+from realign.modeling.images import ImageStore
 from realign.modeling.loading import adapter_base, load_model
 from realign.modeling.prefetch import builder
 from realign.training import metrics
@@ -102,24 +104,29 @@ class RDPOTrainer(Trainer):
             checks.widen(self.adapter, autocast=args.autocast, log=self._log_rank0)
         else:
             checks.check_full_model(vlm)
-        records = records_of(train_dataset)
-        # Data sets are ranges of examples: first for training, then for evaluation.
-        indices: Any = range(len(records))
-        sets: Any = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        eval_indices: dict[str, Any] = {}
-        for name, rows in sets.items() if eval_dataset is not None else ():
-            start, records = len(records), [*records, *records_of(rows)]
-            eval_indices[name] = range(start, len(records))
-        self.objective = make_objective(args.loss, records)
-        self.examples, self.store = encode_records(
-            records,
-            processor,
-            self.objective,
+        table = parts.record_table(train_dataset)
+        self.objective = make_objective(args.loss, table)
+        encode = partial(
+            encode_table,
+            processor=processor,
+            objective=self.objective,
             layout=module.layout,
             max_response_tokens=args.max_response_tokens,
             max_tokens=vlm.config.get_text_config().max_position_embeddings,
             progress=not args.disable_tqdm and args.process_index == 0,
         )
+        # Data sets are ranges of examples: first for training, then for evaluation.
+        self.examples = encode(table)
+        indices: Any = range(len(self.examples))
+        sets: Any = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        eval_indices: dict[str, Any] = {}
+        for name, rows in sets.items() if eval_dataset is not None else ():
+            table, start = parts.record_table(rows), len(self.examples)
+            parts.check_objective(self.objective, make_objective(args.loss, table))
+            self.examples += encode(table)
+            eval_indices[name] = range(start, len(self.examples))
+        workers = default_workers(args.image_workers)
+        self.store = ImageStore(processor, module.layout, self.examples, workers=workers)
         self._trained = len(indices)
         self.references: torch.Tensor | None = None  # (L, examples) fp32
         self._feed: Feed | None = None  # set with the references
@@ -215,7 +222,7 @@ class RDPOTrainer(Trainer):
         weights = adapters.model_digest(module.vlm) if has_effect else self._digest
         self._fingerprint = self._about | {"weights": weights}
         directory = args.reference_cache or reference_logps.default_directory()
-        longest = max(example.longest_tree for example in self.examples)
+        longest = self.examples.longest_tree
         # Trainer's own contexts are empty, since accelerate adds autocast to the prepared forward.
         with self.accelerator.autocast():
             for line in module.check_forest(self.examples[0], self.store, device):

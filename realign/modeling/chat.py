@@ -269,18 +269,60 @@ def chat_prompt(processor, messages: Sequence[dict], images: int) -> tuple[str, 
     return prompt.text, list(prompt.messages)
 
 
-def text_inputs(processor, texts: Sequence[str]) -> dict[str, Any]:
+class TextInputs:
     """Arguments `text` and `add_special_tokens` of a processor, for one start and no end token."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("a")["input_ids"]
-    first = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
-    added = "".join(tokenizer.convert_ids_to_tokens(ids[:first]))
-    if texts[0].startswith(tuple(filter(None, (tokenizer.bos_token, added)))):
-        return {"text": [*texts], "add_special_tokens": False}  # as `apply_chat_template` does
-    if ids[first + len(bare) :]:  # the tokenizer adds an end token, which would end the prompt
-        return {"text": [added + text for text in texts], "add_special_tokens": False}
-    return {"text": [*texts], "add_special_tokens": True}
+
+    def __init__(self, processor) -> None:
+        tokenizer: Any = getattr(processor, "tokenizer", processor)
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        ids = tokenizer("a")["input_ids"]
+        first = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
+        self._added = "".join(tokenizer.convert_ids_to_tokens(ids[:first]))
+        self._ends = bool(ids[first + len(bare) :])  # an end token would end the prompt
+        self._starts = tuple(filter(None, (tokenizer.bos_token, self._added)))
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Any]:
+        """The arguments for texts that all start in the same way."""
+        if texts[0].startswith(self._starts):
+            return {"text": [*texts], "add_special_tokens": False}  # as `apply_chat_template` does
+        if self._ends:
+            return {"text": [self._added + text for text in texts], "add_special_tokens": False}
+        return {"text": [*texts], "add_special_tokens": True}
+
+
+def text_inputs(processor, texts: Sequence[str]) -> dict[str, Any]:
+    """Arguments `text` and `add_special_tokens` of a processor. See `TextInputs`."""
+    return TextInputs(processor)(texts)
+
+
+class BatchTokenizer:
+    """A tokenizer that encodes many texts at once, and then returns the result for each.
+
+    One call for 1,000 texts takes a quarter of the time of 1,000 calls.
+    """
+
+    def __init__(self, tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Encode texts without special tokens, and forget earlier ones."""
+        distinct = list(dict.fromkeys(texts))
+        self._known = {}
+        try:
+            encoded = self._tokenizer(distinct, add_special_tokens=False)["input_ids"]
+        except Exception:  # such as a lone surrogate; the call for that text raises it again
+            return
+        self._known = dict(zip(distinct, encoded, strict=True))
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """The encoding of a text."""
+        if text in self._known and options == {"add_special_tokens": False}:
+            return {"input_ids": self._known[text]}
+        return self._tokenizer(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def tokens_behind(tokenizer, prompt: str, text: str, **options: Any) -> tuple[Any, int, int]:

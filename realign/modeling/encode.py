@@ -1,30 +1,58 @@
 """Encoding of records: token ids and forest of every record, checked before training.
 
-All records are tokenized and all images decoded once, before the first step. A bad record is
-therefore reported early, and all lengths are known for packing.
+Texts, counts, headers of images and lengths of all records are checked before the first step.
+Pixels are decoded later, by workers. The encoded records of a file are kept beside its table, so
+the next run reads them in milliseconds. The ranks of a machine encode in shares.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+import pyarrow as pa
+import tokenizers
+import transformers
 
+from realign import distributed
 from realign.config import LossConfig
 from realign.data.errors import Malformed, RecordError
-from realign.data.images import StoredImage
+from realign.data.record_table import ImageFacts, RecordTable, Row, table_of
 from realign.data.records import Record
-from realign.modeling.chat import ChatTemplate, Prompt, chat_prompt, text_inputs, tokens_behind
-from realign.modeling.forest import Example, Leaf, Root
-from realign.modeling.images import ImageStore, bundle_of, processed
+from realign.files import open_regular, replacing
+from realign.modeling.chat import BatchTokenizer, ChatTemplate, Prompt, chat_prompt, tokens_behind
+from realign.modeling.examples import (
+    BLANK,
+    COLUMNS,
+    SCHEMA,
+    Chunk,
+    Example,
+    Examples,
+    Leaf,
+    Root,
+    UsedImage,
+    encoded_row,
+)
+from realign.modeling.images import ImageStore, blank_key, image_key
 from realign.modeling.layouts import Layout
-from realign.progress import track
+from realign.modeling.prompt_ids import Key, PromptIds, check_prompt_ids
+from realign.progress import Progress
 from realign_kernels import Objective, objectives
 
+_VERSION = 1
+"""Version of the encoding; changed when the same record would be encoded differently."""
+_CHUNK = 1024
+"""Records of a file. A killed run loses at most one file for each rank."""
 
-def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
+
+def make_objective(loss: LossConfig, table: RecordTable) -> Objective:
     """The objective of a loss; its setting `negatives` is counted in the records.
 
     Raises:
@@ -36,30 +64,29 @@ def make_objective(loss: LossConfig, records: Sequence[Record]) -> Objective:
     if "visual_weight" in accepted:
         settings["visual_weight"] = loss.visual_weight
     if "negatives" in accepted:
-        settings["negatives"] = _visual_negatives(loss.objective, records)
+        settings["negatives"] = _visual_negatives(loss.objective, table)
     return objectives.get(loss.objective, **settings)
 
 
-def _visual_negatives(name: str, records: Sequence[Record]) -> int:
+def _visual_negatives(name: str, table: RecordTable) -> int:
     """Number of visual negatives per record."""
-    first = len(records[0].retrieved_images) // len(records[0].images)
-    for record in records:
-        count = len(record.retrieved_images) // len(record.images)
-        if count < 2:
+    counts = table.counts("retrieved_images") // table.counts("images")
+    for place in np.flatnonzero((counts < 2) | (counts != counts[0]))[:1]:
+        if counts[place] < 2:
             raise RecordError(
-                record.name,
-                f"it has {count} visual negative(s); the objective {name!r} compares several.",
+                table.name(place),
+                f"it has {counts[place]} visual negative(s); the objective {name!r} compares "
+                "several.",
                 "List two or more in `retrieved_images`, nearest first (python -m realign.pairs "
                 "writes one), or train with --objective mdpo.",
             )
-        if count != first:
-            raise RecordError(
-                record.name,
-                f"it has {count} visual negatives and {records[0].name!r} has {first}; the "
-                f"objective {name!r} needs the same number in all records.",
-                "Give every record the same number of `retrieved_images`.",
-            )
-    return first
+        raise RecordError(
+            table.name(place),
+            f"it has {counts[place]} visual negatives and {table.name(0)!r} has {counts[0]}; the "
+            f"objective {name!r} needs the same number in all records.",
+            "Give every record the same number of `retrieved_images`.",
+        )
+    return int(counts[0])
 
 
 def encode_records(
@@ -72,18 +99,16 @@ def encode_records(
     max_tokens: int,
     progress: bool = True,
     on_bad: Callable[[Record, RecordError], None] | None = None,
-) -> tuple[list[Example], ImageStore]:
-    """Tokenize records into forests of `objective`'s leaves.
+) -> tuple[Examples, ImageStore]:
+    """Encode records of a program, and decode all their images.
 
     Args:
         records: preference records.
         processor: the model's processor; it must have a chat template.
         objective: defines the (response, image) leaves of an example.
         layout: layout of the model.
-        max_response_tokens: maximum number of tokens in a response. A longer one is an error, and
-            is never cut.
-        max_tokens: maximum number of tokens in prompt and response together. More is an error,
-            since cutting a prompt could cut image tokens.
+        max_response_tokens: see `encode_table`.
+        max_tokens: see `encode_table`.
         progress: whether to show a progress bar.
         on_bad: called with each unusable record and its error. The record is then skipped.
 
@@ -93,16 +118,107 @@ def encode_records(
     Raises:
         RecordError: without `on_bad`, for the first unusable record.
     """
-    encoder = _Encoder(processor, layout, max_response_tokens, max_tokens)
-    examples = []
-    for record in track(records, "checking records", "records", quiet=not progress):
-        try:
-            examples.append(encoder.encode(record, objective))
-        except RecordError as error:
-            if on_bad is None:
-                raise
-            on_bad(record, error)
-    return examples, encoder.store
+    bad: dict[int, RecordError] = {}
+    records = list(records)
+    places = {id(record): place for place, record in enumerate(records)}
+
+    def exclude(record: Record, error: RecordError) -> None:
+        bad[places[id(record)]] = error
+
+    table = table_of(records, exclude)
+    kept = [place for place in range(len(records)) if place not in bad]
+    encoder = _Encoder(processor, layout, objective, max_response_tokens, max_tokens)
+    encoded = encoder.encode(table[:])
+    bad |= {kept[i]: one for i, one in enumerate(encoded) if isinstance(one, RecordError)}
+    examples = _in_memory(table, encoded, objective, layout)
+    store = ImageStore(processor, layout, examples)
+    rows = [row for row, one in enumerate(encoded) if not isinstance(one, RecordError)]
+    with Progress("checking records", "records", len(rows), quiet=not progress) as bar:
+        for row in rows:
+            one = encoded[row]
+            assert not isinstance(one, RecordError)
+            example = one[0]
+            try:
+                for key in dict.fromkeys(key for root in example.roots for key in root.images):
+                    store.bundle(key)
+            except RecordError as error:
+                # A record is named in its own error, also if it shares the image.
+                problem = str(error).partition(": ")[2]
+                bad[kept[row]] = RecordError(records[kept[row]].name, problem, "")
+                encoded[row] = error
+            bar.update()
+    for place in sorted(bad):
+        if on_bad is None:
+            raise bad[place]
+        on_bad(records[place], bad[place])
+    if len(bad) > len(records) - len(rows):
+        examples = _in_memory(table, encoded, objective, layout)
+        store = ImageStore(processor, layout, examples)
+    return examples, store
+
+
+def encode_table(
+    table: RecordTable,
+    processor,
+    objective: Objective,
+    *,
+    layout: Layout,
+    max_response_tokens: int,
+    max_tokens: int,
+    progress: bool = True,
+) -> Examples:
+    """Tokenize the records of a table into forests of `objective`'s leaves.
+
+    With a process group, every rank calls it. The ranks of a machine share the work.
+
+    Args:
+        table: preference records.
+        processor: the model's processor; it must have a chat template.
+        objective: defines the (response, image) leaves of an example.
+        layout: layout of the model.
+        max_response_tokens: maximum number of tokens in a response. A longer one is an error, and
+            is never cut.
+        max_tokens: maximum number of tokens in prompt and response together. More is an error,
+            since cutting a prompt could cut image tokens.
+        progress: whether to show a progress bar.
+
+    Returns:
+        One example per record. Their images are not decoded.
+
+    Raises:
+        RecordError: on all ranks, for the first unusable record. The message counts the others.
+        OSError: when the encoded records cannot be written.
+    """
+    settings = _settings(processor, objective, layout, max_response_tokens, max_tokens)
+    folder = table.beside(settings) if settings else None
+    encoder = _Encoder(processor, layout, objective, max_response_tokens, max_tokens)
+    share, ranks = (0, 1) if folder is None else distributed.local_share()
+    numbers = range(-(-len(table) // _CHUNK))
+    batches: dict[int, pa.RecordBatch] = {}
+    errors: list[Exception] = []
+    try:
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+        absent = [n for n in numbers[share::ranks] if folder is None or not _chunk(folder, n)]
+        total = sum(min(_CHUNK, len(table) - n * _CHUNK) for n in absent)
+        with Progress("checking records", "records", total, quiet=not (progress and total)) as bar:
+            for number in absent:
+                rows = table[number * _CHUNK : (number + 1) * _CHUNK]
+                encoded = encoder.encode(rows)
+                bad = [one for one in encoded if isinstance(one, RecordError)]
+                errors += bad
+                if not bad:
+                    batches[number] = _batch(encoded, layout)
+                    if folder is not None:
+                        _write_chunk(folder, number, batches.pop(number))
+                bar.update(len(rows))
+    except (ValueError, OSError) as error:
+        errors.append(error)
+    distributed.raise_anywhere(errors)
+    if folder is not None:
+        batches = {number: _chunk(folder, number) for number in numbers}
+    chunks = [Chunk(batches[n], table, n * _CHUNK, None) for n in numbers]
+    return Examples(chunks, objective, layout.image_token_id)
 
 
 def check_prompt(processor, record: Record, images: int) -> str:
@@ -117,38 +233,80 @@ def check_prompt(processor, record: Record, images: int) -> str:
         raise error.of(record.name) from error
 
 
+class _Texts(NamedTuple):
+    """Texts of a record, before they are tokenized."""
+
+    prompt: Prompt
+    scored: dict[str, str]  # response -> scored text
+    roots: list[tuple[Key, list[tuple[int, int, ImageFacts]]]]
+
+
+Encoded = tuple[Example, list[UsedImage]]
+
+
 class _Encoder:
     def __init__(
-        self, processor, layout: Layout, max_response_tokens: int, max_tokens: int
+        self,
+        processor,
+        layout: Layout,
+        objective: Objective,
+        max_response_tokens: int,
+        max_tokens: int,
     ) -> None:
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
+        self.processor, self.layout, self.objective = processor, layout, objective
+        self.tokenizer = BatchTokenizer(processor.tokenizer)
         self.template = ChatTemplate(processor)
-        self._rendered: tuple[Record, Prompt] | None = None  # of the current record
+        self.prompts = PromptIds(processor, layout, distributed.log_rank0)
         self.image_ids = {layout.image_token_id}
         self.image_ids.add(self.tokenizer.convert_tokens_to_ids(processor.image_token))
-        self.layout = layout
         self.max_response_tokens = max_response_tokens
         self.max_tokens = max_tokens
-        self.store = ImageStore(processor, layout)
+        self.images = list(dict.fromkeys(leaf.image for leaf in objective.leaves))
 
-    def encode(self, record: Record, objective: Objective) -> Example:
-        try:
-            return self._example(record, objective)
-        except Malformed as error:
-            raise error.of(record.name) from error
+    def encode(self, rows: Sequence[Row]) -> list[Encoded | RecordError]:
+        """Encode records together, since tokenizers are faster on many texts."""
+        texts = [_of_record(row.name, self._texts, row) for row in rows]
+        self.prompts.tokenize()
+        joint: list[str] = []
+        for one in texts:
+            if isinstance(one, _Texts):
+                text = one.prompt.text
+                joint += [text, *(text + scored for scored in one.scored.values())]
+        self.tokenizer.prepare(joint)
+        encoded = [
+            one if isinstance(one, RecordError) else _of_record(row.name, self._example, row, one)
+            for row, one in zip(rows, texts, strict=True)
+        ]
+        self.prompts.clear()
+        return encoded
 
-    def _example(self, record: Record, objective: Objective) -> Example:
-        roots: list[Root] = []
+    def _texts(self, record: Row) -> _Texts:
+        name = self.objective.name
+        prompt = None
+        scored: dict[str, str] = {}
+        roots: dict[str, tuple[Key, list[tuple[int, int, ImageFacts]]]] = {}
+        for leaf in self.objective.leaves:
+            text = self._text(record, leaf.response, name)
+            if prompt is None:
+                prompt = self.template.prompt(record.prompt, len(record.images))
+            if leaf.image not in roots:
+                images = self._images(record, leaf.image, name)
+                key = self.prompts.write(record.name, prompt.text, [facts for *_, facts in images])
+                roots[leaf.image] = key, images
+            if leaf.response not in scored:
+                scored[leaf.response] = self.template.scored(
+                    prompt, text, f"{leaf.response} response"
+                )
+        assert prompt is not None
+        return _Texts(prompt, scored, [roots[image] for image in self.images])
+
+    def _example(self, record: Row, texts: _Texts) -> Encoded:
+        used: dict[bytes, UsedImage] = {}
+        roots = [self._root(record, key, images, used) for key, images in texts.roots]
+        ids_of = {name: self._response(texts, name) for name in texts.scored}
         leaves: list[Leaf] = []
-        places: dict[str, int] = {}  # name of a root's image -> index into roots
-        for leaf in objective.leaves:
-            text = self._text(record, leaf.response, objective.name)
-            if leaf.image not in places:
-                places[leaf.image] = len(roots)
-                roots.append(self._root(record, leaf.image, objective.name))
-            ids = self._response(record, leaf.response, text)
-            root = places[leaf.image]
+        for leaf in self.objective.leaves:
+            root, ids = self.images.index(leaf.image), ids_of[leaf.response]
             if len(roots[root].ids) + len(ids) > self.max_tokens:
                 raise Malformed(
                     f"prompt and {leaf.response} response have {len(roots[root].ids) + len(ids)} "
@@ -156,9 +314,49 @@ class _Encoder:
                     "Shorten the text. It is not cut, since that could cut image tokens.",
                 )
             leaves.append(Leaf(root, ids, leaf.rival))
-        return Example(record.name, tuple(roots), tuple(leaves))
+        return Example(record.name, tuple(roots), tuple(leaves)), list(used.values())
 
-    def _text(self, record: Record, response: str, objective: str) -> str:
+    def _root(
+        self,
+        record: Row,
+        key: Key,
+        images: Sequence[tuple[int, int, ImageFacts]],
+        used: dict[bytes, UsedImage],
+    ) -> Root:
+        ids = self.prompts.ids(record.name, key)
+        several = self.prompts.several(len(images))
+        keys, expected = [], 0
+        for column, place, facts in images:
+            size = self.prompts.size(record.name, facts, several)
+            digest = (blank_key if COLUMNS[column] == BLANK else image_key)(facts, several)
+            used.setdefault(
+                digest, UsedImage(digest, column, place, several, size.tokens, size.grids)
+            )
+            keys.append(digest.hex())
+            expected += size.tokens
+        tokens = int((ids == self.layout.image_token_id).sum())
+        check_prompt_ids(self.tokenizer, ids, self.processor.image_token, tokens, expected)
+        return Root(tuple(keys), ids)
+
+    def _response(self, texts: _Texts, name: str) -> np.ndarray:
+        """Token ids of a response with the end of its turn."""
+        scored = texts.scored[name]
+        encoding, first, _ = tokens_behind(self.tokenizer, texts.prompt.text, scored)
+        ids = encoding["input_ids"][first:]
+        if self.image_ids & set(ids):
+            raise Malformed(
+                f"its {name} response contains an image token.",
+                "Remove it from the text.",
+            )
+        if len(ids) > self.max_response_tokens:
+            raise Malformed(
+                f"its {name} response has {len(ids)} tokens; the limit is "
+                f"{self.max_response_tokens}.",
+                "Raise --max-response-tokens or shorten the response. Responses are never cut.",
+            )
+        return np.array(ids)
+
+    def _text(self, record: Row, response: str, objective: str) -> str:
         texts = {
             "chosen": record.chosen,
             "rejected": record.rejected,
@@ -178,15 +376,13 @@ class _Encoder:
             )
         return texts[response]
 
-    def _images(self, record: Record, image: str, objective: str) -> tuple[StoredImage, ...]:
-        """The images for a leaf's image name, one for each place in the record's prompt."""
+    def _images(self, record: Row, image: str, objective: str) -> list[tuple[int, int, ImageFacts]]:
+        """Column, place and facts for each image of the prompt, for a leaf's image name."""
         count, retrieved = len(record.images), len(record.retrieved_images)
         if image == "image":
-            return record.images
-        if image == "blank_image":
-            # The same size, so that the processor gives it the same number of image tokens.
-            sizes = (stored.open(record.name).size for stored in record.images)
-            return tuple(StoredImage.from_pil(Image.new("RGB", size)) for size in sizes)
+            return [(0, place, facts) for place, facts in enumerate(record.images)]
+        if image == BLANK:  # the same size gives it the same number of image tokens
+            return [(2, place, facts) for place, facts in enumerate(record.images)]
         if not (numbered := re.fullmatch(r"retrieved_image(?:_([2-9]|[1-9]\d+))?", image)):
             raise Malformed(
                 f"the objective {objective!r} needs an image {image!r}.",
@@ -206,53 +402,96 @@ class _Encoder:
                 "Add `retrieved_images` (python -m realign.pairs writes them) or train with "
                 "--objective dpo.",
             )
-        return record.retrieved_images[(place - 1) * count : place * count]
+        first = (place - 1) * count
+        return [(1, i, record.retrieved_images[i]) for i in range(first, first + count)]
 
-    def _prompt(self, record: Record) -> Prompt:
-        if self._rendered is None or self._rendered[0] is not record:
-            self._rendered = record, self.template.prompt(record.prompt, len(record.images))
-        return self._rendered[1]
 
-    def _root(self, record: Record, image: str, objective: str) -> Root:
-        stored = self._images(record, image, objective)
-        images = [s.open(record.name) for s in stored]
-        inputs = text_inputs(self.processor, [self._prompt(record).text])
-        outputs = processed(self.processor, record.name, images, **inputs)
-        ids = outputs["input_ids"][0].numpy()
-        start = np.flatnonzero(ids == self.tokenizer.bos_token_id)[:1]
-        if start.size and (ids[start[0] + 1 :][:1] == ids[start]).any():
-            raise Malformed(
-                f"its prompt begins with {self.tokenizer.bos_token!r} twice.",
-                "Remove one from the chat template.",
-            )
-        tokens = int((ids == self.layout.image_token_id).sum())
-        if len(stored) == 1:
-            keys = (self.store.keep(record.name, stored[0], bundle_of(outputs), tokens),)
-        else:
-            keys = tuple(self.store.add(record.name, s, several=True) for s in stored)
-        expected = sum(self.store.tokens(key) for key in keys)
-        if tokens != expected:
-            raise Malformed(
-                f"its prompt has {tokens} image tokens, and its images have {expected}.",
-                f"Remove {self.processor.image_token!r} from the text.",
-            )
-        return Root(keys, ids)
+def _of_record(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function, or its error with the name of the record."""
+    try:
+        return function(*arguments)
+    except Malformed as error:
+        return error.of(name)
+    except RecordError as error:
+        return error
 
-    def _response(self, record: Record, name: str, text: str) -> np.ndarray:
-        """Token ids of a response with the end of its turn."""
-        prompt = self._prompt(record)
-        scored = self.template.scored(prompt, text, f"{name} response")
-        encoding, first, _ = tokens_behind(self.tokenizer, prompt.text, scored)
-        ids = encoding["input_ids"][first:]
-        if self.image_ids & set(ids):
-            raise Malformed(
-                f"its {name} response contains an image token.",
-                "Remove it from the text.",
-            )
-        if len(ids) > self.max_response_tokens:
-            raise Malformed(
-                f"its {name} response has {len(ids)} tokens; the limit is "
-                f"{self.max_response_tokens}.",
-                "Raise --max-response-tokens or shorten the response. Responses are never cut.",
-            )
-        return np.array(ids)
+
+def _batch(encoded: Sequence[Any], layout: Layout) -> pa.RecordBatch:
+    rows = [
+        encoded_row(one[0], one[1], layout.image_token_id)
+        for one in encoded
+        if not isinstance(one, RecordError)
+    ]
+    return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+
+
+def _in_memory(
+    table: RecordTable, encoded: Sequence[Any], objective: Objective, layout: Layout
+) -> Examples:
+    """The usable examples of a whole table."""
+    rows = [row for row, one in enumerate(encoded) if not isinstance(one, RecordError)]
+    chunk = Chunk(_batch(encoded, layout), table, 0, rows)
+    return Examples([chunk], objective, layout.image_token_id)
+
+
+def _write_chunk(folder: Path, number: int, batch: pa.RecordBatch) -> None:
+    try:
+        with (
+            replacing(folder / f"{number:06}.arrow") as file,
+            pa.ipc.new_stream(file, SCHEMA) as writer,
+        ):
+            writer.write_batch(batch)
+    except OSError as error:
+        raise OSError(
+            f"the encoded records cannot be written to {folder} ({error}). Free some space, or set "
+            "$REALIGN_CACHE to another folder."
+        ) from error
+
+
+def _chunk(folder: Path, number: int) -> Any:
+    """The encoded records in a file, or None if there is none that this user wrote."""
+    path = folder / f"{number:06}.arrow"
+    try:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_uid != os.getuid():
+                return None
+        with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+            return stream.read_next_batch() if stream.schema == SCHEMA else None
+    except (FileNotFoundError, StopIteration, pa.ArrowException):
+        return None
+
+
+def _settings(
+    processor, objective: Objective, layout: Layout, max_response_tokens: int, max_tokens: int
+) -> str | None:
+    """Digest of everything besides the records that their encoding depends on.
+
+    None for a tokenizer in Python, which cannot be digested.
+    """
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    templates = [getattr(owner, "chat_template", None) for owner in (processor, tokenizer)]
+    plain = (str, int, float, bool, list, dict)
+    own = {name: value for name, value in vars(processor).items() if isinstance(value, plain)}
+    parts = [
+        _VERSION,
+        transformers.__version__,
+        tokenizers.__version__,
+        type(processor).__qualname__,
+        type(tokenizer).__qualname__,
+        backend.to_str(),
+        tokenizer.special_tokens_map,
+        templates,
+        date.today().isoformat() if "strftime_now" in str(templates) else "",
+        own,
+        processor.image_processor.to_dict(),
+        [tuple(leaf) for leaf in objective.leaves],
+        layout.image_token_id,
+        layout.grids,
+        max_response_tokens,
+        max_tokens,
+    ]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

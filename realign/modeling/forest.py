@@ -18,53 +18,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from realign.modeling.examples import Example as Example
+from realign.modeling.examples import Leaf as Leaf
+from realign.modeling.examples import Root as Root
 from realign.modeling.images import Images, ImageStore
 from realign.modeling.varlen_attention import Sequences, sequences
 from realign_kernels import ForestPacking, pack_forest
-
-
-@dataclass(frozen=True)
-class Root:
-    """Images and a prompt, which leaves share."""
-
-    images: tuple[str, ...]  # digests of preprocessed pixels, in the order of the image tokens
-    ids: np.ndarray  # (P,) token ids, image tokens expanded
-
-    @property
-    def key(self) -> tuple:
-        """Equal for equal images and prompts."""
-        return self.images, self.ids.tobytes()
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A response to a root."""
-
-    root: int  # index into the example's roots
-    ids: np.ndarray  # (R,) token ids, R >= 1
-    rival: bool = False  # scored by the strongest other token at each position (objectives.Leaf)
-
-
-@dataclass(frozen=True)
-class Example:
-    """The forest of one record, with leaves in the order of the objective's leaves."""
-
-    name: str
-    roots: tuple[Root, ...]
-    leaves: tuple[Leaf, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all roots and leaves."""
-        return sum(len(part.ids) for part in (*self.roots, *self.leaves))
-
-    @property
-    def longest_tree(self) -> int:
-        """Tokens of the longest root with all its leaves."""
-        sizes = [len(root.ids) for root in self.roots]
-        for leaf in self.leaves:
-            sizes[leaf.root] += len(leaf.ids)
-        return max(sizes)
 
 
 @dataclass

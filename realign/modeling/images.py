@@ -7,23 +7,27 @@ distinct images. The output of the vision tower is split by image again, and pla
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel
 
 from realign.data.errors import RecordError, short_error
-from realign.data.images import StoredImage
+from realign.data.images import ImageError, StoredImage, digest_of_bytes
+from realign.data.record_table import ImageFacts, RecordTable
+from realign.modeling.examples import BLANK, COLUMNS, Chunk, Examples, UsedImage, key_array
 from realign.modeling.layouts import Layout
-from realign_kernels import array_digest
+from realign_kernels.refcache.keys import KEY
 
 Bundle = dict[str, torch.Tensor]
 """Output of the processor for one image, by the argument names of `get_image_features`."""
@@ -139,129 +143,231 @@ def in_slots(images: Sequence[Features], slots: Sequence[int]) -> SimpleNamespac
     return SimpleNamespace(pooler_output=pooled, deepstack_features=list(placed.values()))
 
 
-class ImageStore:
-    """The distinct preprocessed images of a data set.
+@dataclass(frozen=True)
+class SizeFacts:
+    """Facts of all images of one size in a prompt.
+
+    Attributes:
+        tokens: image tokens of an image.
+        grids: the image inputs that positions depend on, flat, in the order of `Layout.grids`.
+    """
+
+    tokens: int
+    grids: tuple[int, ...]
+
+
+def image_key(facts: ImageFacts, several: bool) -> bytes:
+    """Key of a preprocessed image: that of its bytes, or different if its prompt has several."""
+    return digest_of_bytes(facts.key + b"several") if several else facts.key
+
+
+def blank_key(facts: ImageFacts, several: bool) -> bytes:
+    """Key of a blank image of the size of an image."""
+    return digest_of_bytes(f"blank {facts.width} {facts.height} {several}".encode())
+
+
+def cuts_tiles(processor) -> bool:
+    """Whether several images in a prompt are processed differently from a single one."""
+    return _SEVERAL in processor.image_processor.model_input_names
+
+
+def preprocess(
+    processor, layout: Layout, record: str, image: Image.Image, several: bool
+) -> tuple[Bundle, SizeFacts]:
+    """Preprocess an image in a prompt of its own.
 
     Args:
         processor: a Hugging Face processor.
         layout: layout of the processor's model.
-        cache_bytes: size of the cache of preprocessed images. The least recently used image is
-            evicted first, and preprocessed again when needed.
+        record: name of its record, for error messages.
+        image: an RGB image.
+        several: whether the image is processed as one of several, for families with tiles.
+
+    Returns:
+        The bundle, and the facts that it has in common with all images of its size.
+
+    Raises:
+        RecordError: when the processor raises any error.
+    """
+    count = 2 if several else 1
+    text = processor.image_token * count
+    outputs = processed(processor, record, [image] * count, text=[text])
+    tokens = int((outputs["input_ids"] == layout.image_token_id).sum()) // count
+    bundle = bundle_of(outputs)
+    if several:  # both copies are equal, so one is kept
+        bundle = {name: value[:1] for name, value in bundle.items()}
+        bundle[_SEVERAL] = torch.tensor([count])
+    grids = [bundle[name].flatten().tolist() for name in layout.grids if name in bundle]
+    return bundle, SizeFacts(tokens, tuple(chain.from_iterable(grids)))
+
+
+class ImageStore:
+    """The distinct images of encoded examples, decoded and preprocessed when they are needed.
+
+    Workers are threads, since Pillow and numpy release the interpreter's lock while they compute.
+    Each has a copy of the image processor. Preprocessed images are kept until `cache_bytes` are in
+    use. They are never evicted: an epoch reads all images in turn, so a cache of the latest images
+    that is slightly too small would find none of them.
+
+    Args:
+        processor: a Hugging Face processor.
+        layout: layout of the processor's model.
+        examples: the encoded examples.
+        workers: threads that decode and preprocess the images of a batch. 0 uses the thread that
+            builds the batch.
+        cache_bytes: size of the cache of preprocessed images.
 
     Attributes:
         features: outputs of the vision tower by key, which batches hold instead of pixels. If
             None, every forward computes them.
     """
 
-    CACHE_BYTES = 1 << 30
+    CACHE_BYTES = 256 << 20
 
-    def __init__(self, processor, layout: Layout, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        processor,
+        layout: Layout,
+        examples: Examples,
+        *,
+        workers: int = 0,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self.layout = layout
         self.features: Mapping[str, Features] | None = None
         self._processor = processor
-        self._sources: dict[str, tuple[str, StoredImage, bool]] = {}
-        self._tokens: dict[str, int] = {}
-        self._grids: dict[str, Bundle] = {}
-        self._bundles: OrderedDict[str, Bundle] = OrderedDict()
+        self._chunks = examples.chunks
+        self._bundles: dict[str, Bundle] = {}
         self._room = cache_bytes
-        self._lock = (
-            threading.Lock()
-        )  # batches are built in threads; processors are not thread-safe
+        self._lock = threading.Lock()
+        self._tokenizer = _OneAtATime(processor.tokenizer)
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(workers, "images") if workers else None
+        # Places of all images, in the order of their first use.
+        chunks = [np.full(len(c.images.values), i, np.int32) for i, c in enumerate(self._chunks)]
+        keys = [key_array(chunk.images.values.field("key")) for chunk in self._chunks]
+        self._sorted, first = np.unique(
+            np.concatenate([*keys, np.zeros(0, KEY)]).view("S16"), return_index=True
+        )
+        starts = np.append(0, np.cumsum([len(part) for part in chunks], dtype=np.int64))
+        self._chunk_of = np.concatenate([*chunks, np.zeros(0, np.int32)])[first]
+        self._place_of = first - starts[self._chunk_of]
+        self._order = np.argsort(first, kind="stable")
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._sorted)
 
-    def keys(self) -> Iterable[str]:
+    def keys(self) -> Iterator[str]:
         """Keys of all images, in the order of their first use."""
-        return self._sources.keys()
+        return (bytes(key).hex() for key in self._sorted.view(KEY)[self._order])
 
-    def add(self, record: str, stored: StoredImage, several: bool = False) -> str:
-        """Add an image. Returns its key, the digest of its bundle.
-
-        Args:
-            record: name of its record, for error messages.
-            stored: the image.
-            several: whether its prompt has several images.
-        """
-        several = several and _SEVERAL in self._processor.image_processor.model_input_names
-        bundle, tokens = self._make(record, stored, several)
-        return self.keep(record, stored, bundle, tokens, several)
-
-    def keep(
-        self, record: str, stored: StoredImage, bundle: Bundle, tokens: int, several: bool = False
-    ) -> str:
-        """Add a preprocessed image with `tokens` tokens in a prompt. Returns its key.
-
-        Raises:
-            RecordError: when a value is NaN or infinite.
-        """
-        if not all(value.isfinite().all() for value in bundle.values()):
-            raise RecordError(
-                record,
-                f"its image {stored.path or 'in the pairs file'} has NaN or infinity after "
-                "preprocessing.",
-                "Check the image, and mean and std in the model's preprocessor_config.json.",
-            )
-        key = digest(bundle)
-        self._sources.setdefault(key, (record, stored, several))
-        self._tokens[key] = tokens
-        self._grids[key] = {n: t for n, t in bundle.items() if n in self.layout.grids}
-        self._hold(key, bundle)
-        return key
+    def _used(self, key: str) -> tuple[Chunk, int, UsedImage]:
+        """The chunk, index of the record in it, and the place of an image."""
+        number = int(np.searchsorted(self._sorted, np.bytes_(bytes.fromhex(key))))
+        chunk, place = self._chunks[self._chunk_of[number]], int(self._place_of[number])
+        index = int(np.searchsorted(chunk.images.offsets.to_numpy(), place, "right")) - 1
+        fields = chunk.images.values[place].as_py()
+        return chunk, index, UsedImage(**fields | {"grids": tuple(fields["grids"])})
 
     def tokens(self, key: str) -> int:
         """Number of tokens of the image in a prompt."""
-        return self._tokens[key]
+        return self._used(key)[2].tokens
 
     def grids(self, keys: Sequence[str]) -> Bundle:
         """The image inputs that positions depend on, concatenated; empty for most families."""
-        grids = [self._grids[key] for key in keys]
-        return {name: torch.cat([grid[name] for grid in grids]) for name in (grids or [{}])[0]}
+        names = self.layout.grids if keys else ()
+        values = [self._used(key)[2].grids for key in keys] if names else []
+        if not any(values):
+            return {}
+        table = torch.tensor(values).view(len(keys), len(names), -1)
+        return {name: table[:, place] for place, name in enumerate(names)}
 
     def bundle(self, key: str) -> Bundle:
         """The preprocessed image. Thread-safe.
 
         Raises:
-            RecordError: when its file is missing or has changed.
+            RecordError: when the image cannot be decoded, is missing, or has changed since the
+                records were checked.
         """
+        held = self._bundles.get(key)
+        if held is not None:
+            return held
+        bundle = self._make(key)
+        size = _bytes(bundle)
         with self._lock:
-            if key not in self._bundles:
-                record, stored, several = self._sources[key]
-                bundle, _ = self._make(record, stored, several)
-                if digest(bundle) != key:
-                    raise RecordError(
-                        record,
-                        f"its image {stored.path} has changed since the records were checked.",
-                        "Do not change image files during a run.",
-                    )
-                self._hold(key, bundle)
-            self._bundles.move_to_end(key)
-            return self._bundles[key]
+            if key not in self._bundles and size <= self._room:
+                self._bundles[key] = bundle
+                self._room -= size
+        return bundle
+
+    def first(self) -> Images:
+        """A batch of the first image."""
+        return self.batch([next(self.keys())])
 
     def batch(self, keys: Sequence[str]) -> Images:
         """A batch of distinct images."""
-        return collate([self.bundle(key) for key in keys], [self._tokens[key] for key in keys])
+        make = map if self._pool is None else self._pool.map
+        return collate(list(make(self.bundle, keys)), [self.tokens(key) for key in keys])
 
-    def _make(self, record: str, stored: StoredImage, several: bool) -> tuple[Bundle, int]:
-        """Preprocess an image in a prompt of its own. Returns bundle and number of tokens."""
-        count = 2 if several else 1
-        text = self._processor.image_token * count
-        outputs = processed(self._processor, record, [stored.open(record)] * count, text=[text])
-        tokens = int((outputs["input_ids"] == self.layout.image_token_id).sum()) // count
-        bundle = bundle_of(outputs)
-        if several:  # both copies are equal, so one is kept
-            bundle = {name: value[:1] for name, value in bundle.items()}
-            bundle[_SEVERAL] = torch.tensor([count])
-        return bundle, tokens
+    def _make(self, key: str) -> Bundle:
+        chunk, index, used = self._used(key)
+        record = chunk.name(index)
+        row = chunk.table[chunk.row(index)]
+        column = COLUMNS[used.column]
+        if column == BLANK:
+            facts = row.images[used.place]
+            image, named = Image.new("RGB", (facts.width, facts.height)), "blank image"
+        else:
+            facts = getattr(row, column)[used.place]
+            image, named = _opened(chunk.table, facts, record), facts.path or "in the pairs file"
+        if not hasattr(self._local, "processor"):  # image processors are not thread-safe
+            self._local.processor = copy.copy(self._processor)
+            self._local.processor.image_processor = copy.deepcopy(self._processor.image_processor)
+            self._local.processor.tokenizer = self._tokenizer
+        bundle, found = preprocess(self._local.processor, self.layout, record, image, used.several)
+        if found != SizeFacts(used.tokens, used.grids):
+            raise RecordError(
+                record,
+                f"its image {named} takes {found.tokens} image tokens, and a blank image of its "
+                f"size {used.tokens}.",
+                "The processor depends on pixels, which is not supported.",
+            )
+        if not all(value.isfinite().all() for value in bundle.values()):
+            raise RecordError(
+                record,
+                f"its image {named} has NaN or infinity after preprocessing.",
+                "Check the image, and mean and std in the model's preprocessor_config.json.",
+            )
+        return bundle
 
-    def _hold(self, key: str, bundle: Bundle) -> None:
-        if key in self._bundles:
-            return
-        self._bundles[key] = bundle
-        self._room -= _bytes(bundle)
-        while self._room < 0 and len(self._bundles) > 1:
-            _, old = self._bundles.popitem(last=False)
-            self._room += _bytes(old)
+
+class _OneAtATime:
+    """A tokenizer that threads share. Copies of Qwen's would take 100 MB each."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._lock = tokenizer, threading.Lock()
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        with self._lock:
+            return self._tokenizer(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def _opened(table: RecordTable, facts: ImageFacts, record: str) -> Image.Image:
+    """Decode an image, whose bytes must not have changed."""
+    try:
+        return table.image(facts).open(record)
+    except ImageError as error:
+        if error.reason != "changed":
+            raise StoredImage(path=facts.path).named(error, record) from error
+        raise RecordError(
+            record,
+            f"its image {facts.path or 'in the pairs file'} has changed since the records were "
+            "checked.",
+            "Do not change image files during a run.",
+        ) from error
 
 
 def processed(
@@ -291,12 +397,6 @@ def bundle_of(outputs: Mapping[str, torch.Tensor]) -> Bundle:
         for name, value in outputs.items()
         if name not in _OF_TOKENS and isinstance(value, torch.Tensor)
     }
-
-
-def digest(bundle: Bundle) -> str:
-    """128-bit digest of a bundle's tensors and their names."""
-    named = "".join(f"{name} {array_digest(bundle[name].numpy())} " for name in sorted(bundle))
-    return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
 
 
 def _bytes(bundle: Bundle) -> int:

@@ -7,6 +7,7 @@ is computed once and kept in a `ReferenceCache` that all runs share.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,19 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_torchvision_available
 
+from realign.data.images import decoder
 from realign.distributed import log_rank0, world_size
-from realign.modeling.forest import Example, Leaf, build_batch
+from realign.modeling.examples import Example, Leaf, leaves_of
+from realign.modeling.forest import build_batch
 from realign.modeling.loading import adapters_off
 from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import pinned
 from realign.progress import Progress
-from realign_kernels import ReferenceCache, collect_leaves, leaf_keys, linear_logprobs
+from realign_kernels import ReferenceCache, linear_logprobs
 
-_LAYOUT = "forest-4"
+_LAYOUT = "forest-5"
 """Version of the forward; changed when the same leaf would get a different log-prob."""
 
 _NO_EFFECT = {
@@ -83,11 +88,21 @@ def description(
         "kernels": kernels,
         "matmul": torch.get_float32_matmul_precision(),
         "logits": "rounded" if _logits_are_rounded(dtype, device) else "exact",
-        "processor": _digest(processor.image_processor.to_dict()),
+        "decoder": decoder(),
+        "processor": _processor_digest(processor),
         "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
         "transformers": transformers.__version__,
         "layout": _LAYOUT,
     }
+
+
+def _processor_digest(processor) -> str:
+    """Digest of the classes and settings that turn pixels into inputs of the model."""
+    image_processor = processor.image_processor
+    classes = [type(processor).__qualname__, type(image_processor).__qualname__]
+    if is_torchvision_available():  # its resampling may differ between versions
+        classes.append(importlib.metadata.version("torchvision"))
+    return _digest([*classes, image_processor.to_dict()])
 
 
 def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -129,7 +144,7 @@ def _logits_are_rounded(dtype: torch.dtype, device: torch.device) -> bool:
 
 def digest_of(examples: Sequence[Example]) -> str:
     """128-bit digest of a data set's leaves, in order."""
-    return hashlib.blake2b(leaf_keys(examples).tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(leaves_of(examples).keys.tobytes(), digest_size=16).hexdigest()
 
 
 def fill(
@@ -168,13 +183,13 @@ def fill(
         single = [_single_leaf(examples[i], leaf) for i, leaf in pairs]
         return pinned(build_batch(single, store, row_tokens=row_tokens), device).to(device)
 
-    leaves = collect_leaves(examples)
+    leaves = leaves_of(examples)
     absent = cache.missing(leaves)
     log(
         f"reference log-probs: {len(absent) - absent.sum():,} of {len(absent):,} leaves known in "
         f"{cache.folder}{_nearest(cache)}"
     )
-    distinct = len(set(leaves.keys[absent].tolist()))
+    distinct = len(np.unique(leaves.keys[absent].view("S16")))
     leaves_of_rank, tokens = -(-distinct // world_size()), 0
     quiet = not progress or leaves_of_rank == 0
     bar = Progress("reference log-probs", "leaves", leaves_of_rank, quiet=quiet)

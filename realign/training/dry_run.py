@@ -34,7 +34,7 @@ from realign.training.schedule import batches, rank_slice, total_steps
 from realign.training.setup import training_inputs
 from realign.training.step import micro_batches
 from realign.training.throughput import WORK, cost_of, image_flop, process_memory, work_of
-from realign_kernels import ReferenceCache, collect_leaves, refcache
+from realign_kernels import ReferenceCache, refcache
 
 _SAMPLED = 64  # forwards laid out to estimate rows and padding
 
@@ -129,11 +129,11 @@ class Plan:
         weights_dtype = self.dtype if self.lora else torch.float32
         vlm = load_model(self.base, weights_dtype, self.layout_attention, meta=True)
         model = ForestModel(vlm, dtype=self.dtype)
-        cpu = torch.device("cpu")
+        cpu, images = torch.device("cpu"), self.store.first()
         with memory.fake_tensors(cpu):
             memory.give_fake_storage(model, cpu, self.dtype)
             try:
-                return image_flop(model, self.store, cpu)
+                return image_flop(model, images, cpu)
             except memory.READS_VALUES:
                 return 0.0
 
@@ -189,13 +189,11 @@ class Plan:
 
     def forest(self) -> dict[str, str]:
         """Rows for records, tokens, and the tokens saved by shared prompts."""
-        leaves = collect_leaves(self.examples)
-        distinct = len(set(leaves.keys.tolist()))
-        image = self.model.layout.image_token_id
-        roots = [root for example in self.examples for root in example.roots]
-        images = np.mean([(root.ids == image).sum() for root in roots])
-        prompt = np.mean([len(root.ids) for root in roots]) - images
-        longest = max(example.longest_tree for example in self.examples)
+        leaves = self.examples.leaves
+        distinct = len(np.unique(leaves.keys.view("S16")))
+        images = self.examples.image_tokens.mean()
+        prompt = self.examples.root_lengths.mean() - images
+        longest = self.examples.longest_tree
         tokens, separate = self._mean("tokens"), self._mean("separate")
         cells = np.mean([layout.rows * layout.columns for layout in self.layouts])
         cached, folder = self._cached_leaves(leaves)
@@ -220,7 +218,7 @@ class Plan:
                 continue
             with ReferenceCache.open(directory, parts, read_only=True) as cache:
                 present = leaves.keys[~cache.missing(leaves)]
-            if (count := len(set(present.tolist()))) > most:
+            if (count := len(np.unique(present.view("S16")))) > most:
                 most, where = count, f" in {folder} if its weights are the same"
         return most, where
 

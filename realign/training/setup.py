@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from realign import distributed
 from realign.config import LossConfig, TrainConfig
-from realign.data.records import read_pairs
+from realign.data.record_table import open_table
 from realign.modeling import feature_cache, reference_logps
-from realign.modeling.encode import encode_records, make_objective
+from realign.modeling.encode import encode_table, make_objective
+from realign.modeling.examples import Examples
 from realign.modeling.feature_cache import FeatureCache
-from realign.modeling.forest import Example
 from realign.modeling.images import ImageStore
 from realign.modeling.loading import DTYPES, add_lora, load_model, load_processor
 from realign.modeling.model import ForestModel
 from realign.modeling.reference_logps import digest_of
+from realign.progress import track
 from realign.training import fsdp
 from realign.training.checkpoint import Checkpoints
 from realign.training.run_dir import base_of, check_settings
@@ -38,13 +39,8 @@ class Inputs:
     processor: Any
     model: ForestModel
     objective: Objective
-    examples: Sequence[Example]
+    examples: Examples
     store: ImageStore
-
-    @property
-    def longest_tree(self) -> int:
-        """Tokens of the longest root with all its leaves."""
-        return max(example.longest_tree for example in self.examples)
 
 
 def load_inputs(
@@ -60,12 +56,14 @@ def load_inputs(
     max_response_tokens: int,
     progress: bool,
     image_folder: str | None = None,
+    split: str | None = None,
+    workers: int = 1,
 ) -> Inputs:
-    """Load a model and encode the pairs for it.
+    """Load a model and encode the pairs for it. With a process group, every rank calls it.
 
     Args:
         base: folder or Hub name of the model, or of an adapter.
-        pairs: Parquet file or folder.
+        pairs: see `stream_pairs`.
         loss: defines the responses and images that an example needs.
         dtype: compute dtype.
         weights_dtype: dtype of the weights.
@@ -74,7 +72,9 @@ def load_inputs(
         train_vision: whether the vision tower is trained.
         max_response_tokens: maximum number of tokens in a response. A longer one is an error.
         progress: whether to show a progress bar.
-        image_folder: see `read_pairs`.
+        image_folder: see `stream_pairs`.
+        split: see `stream_pairs`.
+        workers: threads that decode and preprocess images.
 
     Raises:
         ValueError: for an unusable model or record.
@@ -82,12 +82,15 @@ def load_inputs(
     if Path(base).is_dir():  # the adapter's configuration names its base by an absolute path
         base = Path(base).resolve()
     processor = load_processor(base)
-    records = read_pairs(pairs, image_folder)
-    objective = make_objective(loss, records)
+    convert = partial(track, title="reading records", unit="records", quiet=not progress)
+    table = distributed.first_on_machine(
+        lambda: open_table(pairs, image_folder, split=split, progress=convert)
+    )
+    objective = make_objective(loss, table)
     vlm = load_model(base, weights_dtype, attention, meta=meta)
     model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
-    examples, store = encode_records(
-        records,
+    examples = encode_table(
+        table,
         processor,
         objective,
         layout=model.layout,
@@ -95,6 +98,7 @@ def load_inputs(
         max_tokens=vlm.config.get_text_config().max_position_embeddings,
         progress=progress,
     )
+    store = ImageStore(processor, model.layout, examples, workers=workers)
     return Inputs(str(base), processor, model, objective, examples, store)
 
 
@@ -115,6 +119,7 @@ def training_inputs(
         max_response_tokens=config.data.max_response_tokens,
         progress=progress,
         image_folder=config.data.image_folder,
+        workers=distributed.default_workers(config.data.workers),
     )
 
 
@@ -207,7 +212,7 @@ def set_up(
         optimizer=torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=True),
         fingerprint=fingerprint,
         digests=digests,
-        image_flop=image_flop(model.eval(), inputs.store, device),
+        image_flop=image_flop(model.eval(), inputs.store.first(), device),
         checkpoints=checkpoints,
         done=done,
         progress=progress,
@@ -244,7 +249,7 @@ def reference_pass(run: Run) -> torch.Tensor:
             inputs.model,
             inputs.examples,
             inputs.store,
-            row_tokens=config.data.row_tokens or inputs.longest_tree,
+            row_tokens=config.data.row_tokens or inputs.examples.longest_tree,
             batch_rows=optim.micro_batch_size * len(inputs.examples[0].roots),
             device=run.device,
             progress=run.progress,

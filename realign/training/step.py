@@ -101,7 +101,7 @@ class Feed:
         """Build the micro-batch of these examples.
 
         Raises:
-            RecordError: when an image cannot be read again.
+            RecordError: when an image cannot be decoded, or has changed.
         """
         examples = [self.examples[i] for i in part]
         budget = self.row_tokens or row_budget(self.attention, examples)
@@ -202,7 +202,7 @@ def train_step(
         nonfinite = nonfinite_records(
             lambda part: forward_backward([feed(part)]), local_indices, run.trained
         )
-        names = [run.inputs.examples[i].name for i in nonfinite]
+        names = [run.inputs.examples.name(i) for i in nonfinite]
         raise NonFiniteStep(step, metrics, names, optim.batch_size)
     optimizer.zero_grad()
     return metrics | {"learning_rate": optimizer.param_groups[0]["lr"]}, stopping

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from realign import distributed
 from realign.modeling.forest import Example, ForestBatch
-from realign.modeling.images import ImageStore
+from realign.modeling.images import Images
 from realign.modeling.layouts import head_width
 from realign.modeling.model import ForestModel
 
@@ -119,24 +119,23 @@ class Cost:
         return sum(work[f"work/{name}"] * each for name, each in units.items())
 
 
-def image_flop(model: ForestModel, store: ImageStore, device: torch.device) -> float:
-    """FLOP of vision tower and projector for one image token, counted on the first image.
+def image_flop(model: ForestModel, images: Images, device: torch.device) -> float:
+    """FLOP of vision tower and projector for one image token, counted on one image.
 
     This runs one forward of the tower. Under FSDP2 every rank must call it.
 
     Args:
         model: on `device`, sharded or not.
-        store: the images.
+        images: a batch of one image.
         device: device of the model.
 
     Raises:
         ValueError: when the processor does not belong to the model.
     """
-    first = next(iter(store.keys()))
     counter = FlopCounterMode(display=False)  # counts matrix products, not attention kernels
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model.image_features(store.batch([first]).to(device, model.dtype))
-    return counter.get_total_flops() / store.tokens(first)
+        model.image_features(images.to(device, model.dtype))
+    return counter.get_total_flops() / images.tokens[0]
 
 
 def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool = True) -> Cost:

@@ -56,6 +56,7 @@ class Leaves:
     pairs: NDArray[np.int64]  # (L, 2) index of the forest, index of the leaf in the forest
     roots: NDArray[np.int64]  # (L,) in [0, R)
     root_lengths: NDArray[np.int64]  # (R,) prompt tokens
+    root_keys: NDArray[np.void]  # (R,) V16, digests of images and prompt
 
 
 def collect_leaves(forests: Sequence[Forest] | Leaves) -> Leaves:
@@ -96,6 +97,7 @@ def collect_leaves(forests: Sequence[Forest] | Leaves) -> Leaves:
         pairs=np.array(pairs, np.int64).reshape(-1, 2),
         roots=np.array(roots, np.int64),
         root_lengths=np.array(root_lengths, np.int64),
+        root_keys=np.frombuffer(b"".join(index), dtype=KEY),
     )
 
 

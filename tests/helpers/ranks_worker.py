@@ -13,6 +13,7 @@ import torch
 from runs import arguments
 
 from realign import distributed, train
+from realign.data import record_table
 from realign.modeling import model
 from realign.modeling.images import ImageStore
 from realign.training import setup, step
@@ -20,7 +21,7 @@ from realign.training.schedule import seed_step
 
 GOOD = {
     "bundle": ImageStore.bundle,
-    "make": ImageStore._make,
+    "digest": record_table.digest_of_bytes,
     "forward": model.ForestModel.forward,
     "load": setup.load_inputs,
     "feed": step.Feed.__call__,
@@ -48,7 +49,7 @@ def plant(what, record, first):
         now["fed"] += 1
         if what == "image" and now["fed"] == 3 and distributed.rank() == 1:
             self.store._bundles.clear()
-            ImageStore._make = lambda *_: ({"pixel_values": torch.zeros(1, 3, 4, 4)}, 1)
+            record_table.digest_of_bytes = lambda _: b""  # the bytes have changed
         return GOOD["feed"](self, *part)
 
     def bundle(store, key):
@@ -71,7 +72,7 @@ def restore():
     """Undo `plant`."""
     setup.load_inputs, step.seed_step = GOOD["load"], seed_step
     ImageStore.bundle, step.Feed.__call__ = GOOD["bundle"], GOOD["feed"]
-    ImageStore._make = GOOD["make"]
+    record_table.digest_of_bytes = GOOD["digest"]
     model.ForestModel.forward = GOOD["forward"]
 
 

@@ -1,6 +1,7 @@
 """Encoding of records: token ids equal the rendered conversation, and errors name the record."""
 
 import copy
+import hashlib
 import itertools
 import re
 from dataclasses import replace
@@ -321,61 +322,54 @@ class _Counting:
         return self._processor(images=images, **options)
 
 
-def test_the_store_knows_images_by_what_the_model_sees(tmp_path, processor, scenes):
-    store = ImageStore(processor, layout(processor))
+def _stored(tmp_path, processor, *images, **options):
+    """The store of records with one image each, and the keys of their images."""
+    prompt = ({"role": "user", "content": "a"},)
+    records = [Record(f"scene-{i}", prompt, "b", "c", (one,)) for i, one in enumerate(images)]
+    examples, _ = _encode(records, processor, objectives.dpo())
+    store = ImageStore(processor, layout(processor), examples, **options)
+    return store, [example.roots[0].images[0] for example in examples]
+
+
+def test_the_store_knows_images_by_their_bytes(tmp_path, processor, scenes):
     first = scenes[0].image
-    first.save(tmp_path / "copy.bmp")
-    other = first.copy()
-    other.putpixel((3, 3), tuple(255 - v for v in first.getpixel((3, 3))))
-    wide = Image.frombytes("RGB", (32, 8), first.tobytes())  # the same bytes, another image
-    key = store.add("a", StoredImage.from_pil(first))
-    assert store.add("b", StoredImage(path=str(tmp_path / "copy.bmp"))) == key
-    assert len(store) == 1 and len(bytes.fromhex(key)) == 16
-    more = (store.add("c", StoredImage.from_pil(image)) for image in (other, wide))
-    assert len({key, *more}) == len(store) == 3
-    # Pixels that differ in the last bit, dtype or shape are different images.
-    rows = torch.rand(3, 16, 16)
-    nudged = rows.clone()
-    nudged.view(torch.int32)[2, 15, 15] ^= 1
-    kinds = [rows, nudged, rows.double(), rows.view(3, 8, 32)]
-    bundles = [{"pixel_values": kind} for kind in kinds]
-    bundles += [{"rows": rows}, bundles[0] | {"image_sizes": torch.tensor([[8, 8]])}]
-    assert len({store.keep("d", StoredImage(path="d"), bundle, 4) for bundle in bundles}) == 6
+    stored = StoredImage.from_pil(first)
+    (tmp_path / "copy.bin").write_bytes(stored.data)
+    first.save(tmp_path / "copy.bmp")  # the same pixels, other bytes
+    copies = [StoredImage(path=str(tmp_path / name)) for name in ("copy.bin", "copy.bmp")]
+    store, (key, same, other) = _stored(tmp_path, processor, stored, *copies)
+    assert key == same != other and len(store) == 2 and list(store.keys()) == [key, other]
+    assert key == hashlib.blake2b(stored.data, digest_size=16).hexdigest()
+    assert torch.equal(pixels(store, key), pixels(store, other))
 
 
-def test_the_store_keeps_the_latest_within_its_bytes(processor, scenes):
-    counting = _Counting(processor)
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_store_keeps_the_first_within_its_bytes(tmp_path, processor, scenes, workers):
+    """A scan finds the kept images again; a cache of the latest would find none."""
     size = 3 * 16 * 16 * 4  # one preprocessed scene
-    store = ImageStore(counting, layout(processor), cache_bytes=2 * size)
-    stored = [StoredImage.from_pil(scenes[i].image) for i in range(3)]
-    a, b, c = (store.add(str(i), stored[i]) for i in range(3))
-    counting.made = 0
-    first = pixels(store, a)
-    assert first.nbytes == size and first.shape == (3, 16, 16)
+    images = [StoredImage.from_pil(scenes[i].image) for i in range(3)]
+    options = {"cache_bytes": 2 * size, "workers": workers}
+    store, keys = _stored(tmp_path, processor, *images, **options)
     made = []
-    for key in (a, b, a, c, a, b, b, c, a):  # the least recent of two is evicted
-        assert pixels(store, key).shape == (3, 16, 16)
-        made.append(counting.made)
-    assert made == [1, 2, 2, 3, 3, 4, 4, 5, 6]
-    assert torch.equal(pixels(store, a), first)
-
-    tight = ImageStore(counting, layout(processor), cache_bytes=1)  # one image is always kept
-    key = tight.add("a", stored[0])
-    before = counting.made
-    for _ in range(3):
-        assert torch.equal(pixels(tight, key), first)
-    assert counting.made == before  # the first batch uses the pixels of encoding
+    make = store._make
+    store._make = lambda key: made.append(key) or make(key)
+    for _ in range(2):
+        for key in keys:
+            assert pixels(store, key).shape == (3, 16, 16)
+    assert made == [*keys, keys[2]]
+    batch = store.batch(keys).inputs["pixel_values"]
+    for image, row in zip(images, batch, strict=True):
+        wanted = processor.image_processor(images=[image.open("")], return_tensors="pt")
+        assert torch.equal(row, wanted["pixel_values"][0])
 
 
 def test_images_that_vanish_or_change_after_the_check_are_named(tmp_path, processor, scenes):
     path = tmp_path / "a.png"
     scenes[0].image.save(path)
-    store = ImageStore(processor, layout(processor), cache_bytes=1)
-    key = store.add("scene-5", StoredImage(path=str(path)))
-    store.add("scene-6", StoredImage.from_pil(scenes[1].image))  # evicts scene-5
+    store, (key,) = _stored(tmp_path, processor, StoredImage(path=str(path)))
     path.unlink()
-    with pytest.raises(RecordError, match="'scene-5': its image .*a.png does not exist"):
+    with pytest.raises(RecordError, match="'scene-0': its image .*a.png does not exist"):
         pixels(store, key)
     scenes[2].image.save(path)
-    with pytest.raises(RecordError, match="'scene-5': its image .*a.png has changed since"):
+    with pytest.raises(RecordError, match="'scene-0': its image .*a.png has changed since"):
         pixels(store, key)

@@ -10,6 +10,7 @@ from runs import encoded
 from test_forest import LOGP_TOLERANCE, separate_logps
 
 from realign.config import parse
+from realign.data import images
 from realign.data.records import StoredImage, read_pairs, write_pairs
 from realign.digits import ASSETS
 from realign.files import read_jsonl
@@ -89,12 +90,15 @@ def test_cache_hits(trainer, pairs_file, tmp_path):
     assert known == all_leaves < total
     paths = []
     for i, record in enumerate(read_pairs(pairs_file)[::-1]):  # in another order, and
-        path = tmp_path / f"renamed {i}.bmp"  # with images as files of other names and formats
-        record.images[0].open("").save(path)
+        path = tmp_path / f"renamed {i}.bmp"  # with images as files of other names
+        path.write_bytes(record.images[0].data)
         paths.append(type(record)(**vars(record) | {"images": (StoredImage(path=str(path)),)}))
     write_pairs(tmp_path / "renamed.parquet", paths)
     assert trainer.known(pairs=tmp_path / "renamed.parquet")[0] == total
     assert trainer.known(ranks=2)[0] == total
+    record.images[0].open("").save(path)  # in another format: other bytes of the same pixels
+    known, total, _ = trainer.known(pairs=tmp_path / "renamed.parquet")
+    assert known == total - 2
 
 
 def test_bf16_leaves_hit_for_other_ranks_and_commands(trainer, pairs_file, tmp_path):
@@ -198,6 +202,9 @@ def test_fingerprint(processor, vlm, monkeypatch):
     settings = load_processor(ASSETS)
     settings.image_processor.rescale_factor = 1 / 254
     changed["processor"] = of(processor=settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_RULES", 2)
+        changed["decoder"] = of()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
         changed["matmul"] = of()

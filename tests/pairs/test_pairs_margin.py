@@ -117,7 +117,7 @@ def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
             inputs.model,
             inputs.examples,
             inputs.store,
-            row_tokens=inputs.longest_tree,
+            row_tokens=inputs.examples.longest_tree,
             batch_rows=8,
             device=torch.device("cpu"),
             progress=False,

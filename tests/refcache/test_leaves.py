@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from realign.config import LossConfig, parse
+from realign.data.record_table import table_of
 from realign.data.records import RecordError, StoredImage, read_pairs, write_pairs
 from realign.files import read_jsonl
 from realign.modeling.encode import encode_records, make_objective
@@ -45,7 +46,7 @@ def rich(pairs):
 
 
 def encode(records, processor, name, **settings):
-    objective = make_objective(LossConfig(objective=name, **settings), records)
+    objective = make_objective(LossConfig(objective=name, **settings), table_of(records))
     examples, store = encode_records(
         records,
         processor,
@@ -123,15 +124,15 @@ def test_an_objective_with_rival_leaves_trains(rich, tmp_path):
     assert entries[-1]["loss"] < entries[0]["loss"]
 
 
-def test_images_are_keyed_by_their_pixels(rich, processor):
-    """A blank image has the size of its record's image. This processor makes all sizes equal."""
+def test_blank_images_are_keyed_by_their_size(rich, processor):
+    """A blank image has the size of its record's image."""
     small = rich[0]
     image = small.images[0].open("r")
     large = replace(small, images=(StoredImage.from_pil(image.resize((40, 24))),))
-    _, examples, store = encode([small, large], processor, "ovip")
-    blanks = {example.roots[1].images for example in examples}
-    assert len(blanks) == 1
-    assert len(store) == 2 + 1 + 1  # ovip lists image, blank_image and retrieved_image
+    _, examples, store = encode([small, large, rich[1]], processor, "ovip")
+    blanks = [example.roots[1].images for example in examples]
+    assert blanks[0] == blanks[2] != blanks[1]
+    assert len(store) == 3 + 2 + 2  # ovip lists image, blank_image and retrieved_image
 
 
 REFUSED = [

@@ -1,0 +1,393 @@
+"""Record table: preference records on disk, as text and facts of their images.
+
+    table = open_table("pairs.parquet")  # converted once, then opened in milliseconds
+    table[3].chosen, table[3].images[0].width
+    table.image(table[3].images[0]).decode()
+
+A table consists of two files. `records.arrow` is memory-mapped, so all ranks of a machine share its
+pages. `images.bin` holds the embedded images, each distinct image once. It is read and not mapped,
+because pages of a mapped file count as memory of the process. Image files are not copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from realign.data.errors import RecordError, RecordErrors, shorten
+from realign.data.images import ImageError, StoredImage, digest_of_bytes
+from realign.data.records import Record, stream_pairs
+from realign.data.sources import identity
+from realign.files import open_regular, replacing
+
+_VERSION = 1
+"""Version of the files; changed when they would be read as something else."""
+_IMAGE = pa.struct(
+    [
+        ("key", pa.binary(16)),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("changed", pa.int64()),
+        ("path", pa.binary()),
+    ]
+)
+_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "texts": pa.string(),  # JSON, since Arrow accepts no lone surrogates
+        "images": pa.list_(_IMAGE),
+        "retrieved_images": pa.list_(_IMAGE),
+    }
+)
+_OF_FILES = ("offset", "path", "size", "changed")
+_BATCH = 256  # records whose embedded images are in memory at once
+_GROUP = 4096  # rows of a batch in the Arrow file
+_THREADS = 4  # hashing and header reading use about half a core at 100 kB per image
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """Everything about an image except its pixels.
+
+    Attributes:
+        key: digest of the encoded bytes.
+        width: width of the upright image.
+        height: its height.
+        offset: place in the table's images, -1 for an image file.
+        size: encoded bytes.
+        changed: time of the last change of an image file in ns, 0 for an embedded image.
+        path: path of an image file, or the name of an embedded image.
+    """
+
+    key: bytes
+    width: int
+    height: int
+    offset: int
+    size: int
+    changed: int
+    path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A record, with facts in place of images."""
+
+    name: str
+    prompt: tuple[dict[str, Any], ...]
+    chosen: str
+    rejected: str
+    retrieved_chosen: str
+    images: tuple[ImageFacts, ...]
+    retrieved_images: tuple[ImageFacts, ...]
+
+
+class RecordTable(Sequence[Row]):
+    """Preference records on disk.
+
+    Args:
+        table: the rows.
+        blob: open file of the embedded images.
+        digest: name of the table, which changes with every conversion; "" for records of a program.
+        folder: folder for files that depend on this table; None for records of a program.
+    """
+
+    def __init__(self, table: pa.Table, blob: BinaryIO, digest: str, folder: Path | None) -> None:
+        self._table, self._blob = table, blob
+        self.digest, self.folder = digest, folder
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            assert step == 1
+            return list(self.rows(start, stop))
+        return next(self.rows(range(len(self))[index], None))
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), _GROUP):
+            yield from self.rows(start, start + _GROUP)
+
+    def rows(self, start: int, stop: int | None) -> Iterator[Row]:
+        """The rows from `start` to before `stop`; one row if it is None."""
+        for row in self._table.slice(start, 1 if stop is None else stop - start).to_pylist():
+            prompt, *responses = json.loads(row["texts"])
+            images = (map(_from_fields, row[name]) for name in ("images", "retrieved_images"))
+            yield Row(row["id"], tuple(prompt), *responses, *map(tuple, images))
+
+    def beside(self, settings: str) -> Path | None:
+        """The folder for files that depend on this table and on settings, if it is on disk."""
+        return None if self.folder is None else self.folder / f"{self.digest}-{settings}"
+
+    def name(self, index: int) -> str:
+        """Name of a record."""
+        return self._table["id"][index].as_py()
+
+    def counts(self, column: str) -> np.ndarray:
+        """Number of images of each record in a column, (records,) int64."""
+        parts = [np.diff(chunk.offsets.to_numpy()) for chunk in self._table[column].chunks]
+        return np.concatenate([*parts, np.zeros(0)]).astype(np.int64)
+
+    def image(self, facts: ImageFacts) -> StoredImage:
+        """The encoded image.
+
+        Raises:
+            ImageError: when the file is missing or has changed.
+        """
+        stored = StoredImage(path=facts.path)
+        if facts.offset < 0:
+            data = stored.read()
+        else:
+            data = os.pread(self._blob.fileno(), facts.size, facts.offset)
+        if digest_of_bytes(data) != facts.key:
+            raise ImageError("changed", "its bytes have changed")
+        return StoredImage(data, facts.path)
+
+    def files_changed(self) -> bool:
+        """Whether an image file was changed or removed since the conversion, by size and time."""
+        seen: set[bytes] = set()
+        for column in ("images", "retrieved_images"):
+            for chunk in self._table[column].chunks:
+                facts = chunk.flatten()
+                values = (facts.field(name).to_pylist() for name in _OF_FILES)
+                for offset, path, size, changed in zip(*values, strict=True):
+                    if offset < 0 and path not in seen:
+                        seen.add(path)
+                        if _size_and_time(path) != (size, changed):
+                            return True
+        return False
+
+
+def default_directory() -> Path:
+    """Default folder of converted records: $REALIGN_CACHE/data, or ~/.cache/realign/data."""
+    root = os.environ.get("REALIGN_CACHE") or Path.home() / ".cache" / "realign"
+    return Path(root) / "data"
+
+
+def open_table(
+    source: str | Path,
+    image_folder: str | Path | None = None,
+    *,
+    split: str | None = None,
+    progress: Callable[[Iterable[Record]], Iterable[Record]] = iter,
+) -> RecordTable:
+    """Open the table of a source, which is converted if it is new or has changed.
+
+    The table replaces that of earlier contents of the source. Only files of this user are opened.
+
+    Args:
+        source: see `stream_pairs`.
+        image_folder: see `stream_pairs`.
+        split: see `stream_pairs`.
+        progress: wraps the records of a conversion.
+
+    Raises:
+        FileNotFoundError: like `stream_pairs`.
+        ValueError: like `stream_pairs`.
+        RecordError: for a record that is invalid, or has an image with an invalid header.
+        OSError: when the table cannot be written.
+    """
+    content = identity(source, image_folder, split=split)
+    place = repr((os.getuid(), os.path.realpath(source), str(source), image_folder, split))
+    folder = default_directory() / _hex(place)
+    name = _hex(f"{_VERSION} {content}")
+    table = _opened(folder, name, content)
+    if table is None:
+        records = progress(stream_pairs(source, image_folder, split=split))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _convert(records, folder, name)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise OSError(
+                f"the records cannot be converted in {folder} ({error}). Embedded images are "
+                "copied there once. Set $REALIGN_CACHE to a folder with more space."
+            ) from error
+        _remove_others(folder, name)
+        table = _opened(folder, name, content)
+        if table is None:
+            raise OSError(f"{folder} was changed by another process. Start the run again.")
+    return table
+
+
+def table_of(
+    records: Iterable[Record], on_bad: Callable[[Record, RecordError], None] | None = None
+) -> RecordTable:
+    """A temporary table of records of a program.
+
+    Args:
+        records: preference records.
+        on_bad: called with each record with an invalid image. The record is then skipped.
+
+    Raises:
+        RecordError: without `on_bad`, for a record with an invalid image.
+    """
+    with ExitStack() as stack:
+        arrow = stack.enter_context(tempfile.TemporaryFile())
+        blob = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the table
+        _write(records, arrow, blob, on_bad)
+        blob.flush()
+        arrow.seek(0)
+        with pa.ipc.open_stream(arrow) as stream:
+            return RecordTable(stream.read_all(), blob, "", None)
+
+
+def _opened(folder: Path, name: str, content: str) -> RecordTable | None:
+    """The table in a folder; None if there is none, or if an image file has changed."""
+    try:
+        with open_regular(folder / f"{name}.arrow") as file:
+            if os.fstat(file.fileno()).st_uid != os.getuid():
+                return None
+            digest = _hex(content + str(os.fstat(file.fileno()).st_mtime_ns))
+        blob = open_regular(folder / f"{name}.images")
+        with pa.ipc.open_stream(pa.memory_map(str(folder / f"{name}.arrow"))) as stream:
+            rows = stream.read_all()
+    except (FileNotFoundError, pa.ArrowException):
+        return None
+    if rows.schema != _SCHEMA or os.fstat(blob.fileno()).st_uid != os.getuid():
+        return None
+    table = RecordTable(rows, blob, digest, folder)
+    return None if table.files_changed() else table
+
+
+def _convert(records: Iterable[Record], folder: Path, name: str) -> None:
+    # The Arrow file replaces its predecessor last, since it names places in the other file.
+    with (
+        replacing(folder / f"{name}.arrow") as arrow,
+        replacing(folder / f"{name}.images") as blob,
+    ):
+        _write(records, arrow, blob, None)
+
+
+def _remove_others(folder: Path, name: str) -> None:
+    """Remove tables of earlier contents. Processes that have opened them keep their data."""
+    for path in folder.iterdir():
+        if path.name not in (f"{name}.arrow", f"{name}.images") and path.suffix != ".partial":
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _write(
+    records: Iterable[Record],
+    arrow: BinaryIO,
+    blob: BinaryIO,
+    on_bad: Callable[[Record, RecordError], None] | None,
+) -> None:
+    """Write the rows and embedded images of records.
+
+    Raises:
+        RecordError: without `on_bad`, for the first invalid image. The message counts the others.
+    """
+    known: dict[bytes | str, ImageFacts | ImageError] = {}  # of digests, and of paths
+    errors = RecordErrors()
+    remaining, rows = iter(records), []
+    with (
+        ThreadPoolExecutor(_THREADS, "images") as pool,
+        pa.ipc.new_stream(arrow, _SCHEMA) as writer,
+    ):
+
+        def flush() -> None:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+            rows.clear()
+
+        while batch := list(islice(remaining, _BATCH)):
+            stored = [image for r in batch for image in (*r.images, *r.retrieved_images)]
+            keys = list(pool.map(_key, stored))
+            fresh = {k: image for k, image in zip(keys, stored, strict=True) if k not in known}
+            for key, facts in zip(fresh, pool.map(_facts, fresh, fresh.values()), strict=True):
+                if isinstance(facts, ImageFacts) and isinstance(key, bytes):
+                    facts = _placed(facts, fresh[key], blob)
+                known[key] = facts
+            at = iter(zip(keys, stored, strict=True))
+            for record in batch:
+                images = list(islice(at, len(record.images) + len(record.retrieved_images)))
+                bad = [(i, known[k]) for k, i in images if isinstance(known[k], ImageError)]
+                if bad:
+                    image, problem = bad[0]
+                    assert isinstance(problem, ImageError)
+                    error = image.named(problem, record.name)
+                    if on_bad is None:
+                        errors.add(error)
+                    else:
+                        on_bad(record, error)
+                    continue
+                rows.append(_to_row(record, [known[key] for key, _ in images]))
+                if len(rows) == _GROUP:
+                    flush()
+        errors.check()
+        if rows:
+            flush()
+
+
+def _key(stored: StoredImage) -> bytes | str:
+    """The digest of an embedded image, or the path of an image file."""
+    return digest_of_bytes(stored.data) if stored.data is not None else str(stored.path)
+
+
+def _facts(key: bytes | str, stored: StoredImage) -> ImageFacts | ImageError:
+    """Facts of an image, with 0 as the place of an embedded image."""
+    try:
+        if isinstance(key, bytes):
+            assert stored.data is not None
+            return ImageFacts(key, *stored.size(), 0, len(stored.data), 0, stored.path)
+        before = _size_and_time(key)
+        data = stored.read()
+        width, height = StoredImage(data).size()
+        if (len(data), before[1]) != before:
+            raise ImageError("changed", f"{shorten(key)} is being written")
+        return ImageFacts(digest_of_bytes(data), width, height, -1, *before, key)
+    except ImageError as error:
+        return error
+
+
+def _placed(facts: ImageFacts, stored: StoredImage, blob: BinaryIO) -> ImageFacts:
+    assert stored.data is not None
+    place = blob.tell()
+    blob.write(stored.data)
+    return ImageFacts(facts.key, facts.width, facts.height, place, facts.size, 0, facts.path)
+
+
+def _size_and_time(path: str | bytes) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _to_row(record: Record, facts: Sequence[Any]) -> dict[str, Any]:
+    fields = [{name: getattr(one, name) for name in ImageFacts.__slots__} for one in facts]
+    for one in fields:
+        one["path"] = None if one["path"] is None else os.fsencode(one["path"])
+    texts = [record.prompt, record.chosen, record.rejected, record.retrieved_chosen]
+    return {
+        "id": record.name,
+        "texts": json.dumps(texts),
+        "images": fields[: len(record.images)],
+        "retrieved_images": fields[len(record.images) :],
+    }
+
+
+def _from_fields(fields: dict[str, Any]) -> ImageFacts:
+    path = fields.pop("path")
+    return ImageFacts(**fields, path=None if path is None else os.fsdecode(path))
+
+
+def _hex(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,190 @@
+"""Record tables: records on disk are equal to those that were read, and changes are found."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from realign.data import record_table
+from realign.data.images import ImageError, StoredImage
+from realign.data.record_table import open_table, table_of
+from realign.data.records import Record, RecordError, write_pairs
+
+PROMPT = ({"role": "user", "content": "What is it?"},)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("REALIGN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "data"
+
+
+@pytest.fixture
+def file(tmp_path, cache):
+    """Pairs with an embedded image, a file, and the same bytes in two records."""
+    made = [Image.new("RGB", (40 + i, 30), (i, 0, 0)) for i in range(3)]
+    made[1].save(tmp_path / "one.png")
+    one = StoredImage(path=str(tmp_path / "one.png"))
+    first, last = StoredImage.from_pil(made[0]), StoredImage.from_pil(made[2], "last.png")
+    records = [
+        Record("a", PROMPT, "yes", "no", (first,), (one,)),
+        Record("b", PROMPT, "yes", "no \u2028", (one, last), (first, first), {}, "maybe"),
+    ]
+    write_pairs(tmp_path / "pairs.parquet", records)
+    return tmp_path / "pairs.parquet"
+
+
+def _records(table):
+    """The records of a table, with the bytes of their images."""
+    return [
+        (row.name, row.prompt, row.chosen, row.rejected, row.retrieved_chosen)
+        + tuple(
+            [table.image(facts).data for facts in images]
+            for images in (row.images, row.retrieved_images)
+        )
+        for row in table
+    ]
+
+
+def test_a_table_holds_the_records_of_its_source(file):
+    table = open_table(file)
+    one = (file.parent / "one.png").read_bytes()
+    rows = _records(table)
+    assert [row[0] for row in rows] == ["a", "b"] == [table.name(0), table.name(1)]
+    assert rows[0][1:5] == (PROMPT, "yes", "no", "") and rows[1][1:5] == (
+        PROMPT,
+        "yes",
+        "no \u2028",
+        "maybe",
+    )
+    first, last = rows[0][5][0], rows[1][5][1]
+    assert rows[0][5:] == ([first], [one]) and rows[1][5:] == ([one, last], [first, first])
+    facts = table[1].images[1]
+    assert (facts.width, facts.height, facts.size, facts.path) == (42, 30, len(last), "last.png")
+    assert facts.key == hashlib.blake2b(last, digest_size=16).digest()
+    assert table.counts("images").tolist() == [1, 2]
+    assert table.counts("retrieved_images").tolist() == [1, 2]
+    assert [row.name for row in table[1:2]] == ["b"] and table[-1].name == "b"
+    # Equal embedded images are kept once, and image files are not copied.
+    (images,) = table.folder.glob("*.images")
+    assert images.stat().st_size == len(first) + len(last)
+
+
+def test_a_source_is_converted_once(file, monkeypatch):
+    rows = _records(open_table(file))
+    monkeypatch.setattr(record_table, "stream_pairs", None)
+    assert _records(open_table(file)) == rows
+
+
+def test_a_changed_source_is_converted_again_and_its_old_table_removed(file):
+    before = open_table(file)
+    write_pairs(file, [Record("c", PROMPT, "yes", "no", (StoredImage(path="one.png"),))])
+    after = open_table(file)
+    assert [row.name for row in after] == ["c"] and after.folder == before.folder
+    assert len(list(after.folder.glob("*.arrow"))) == 1
+    assert [row.name for row in before] == ["a", "b"]  # as long as a process has it open
+
+
+def test_a_changed_image_file_is_converted_again(file):
+    before = open_table(file)
+    Image.new("RGB", (50, 20)).save(file.parent / "one.png")
+    with pytest.raises(ImageError, match="changed"):
+        before.image(before[1].images[0])
+    facts = open_table(file)[1].images[0]
+    assert (facts.width, facts.height) == (50, 20)
+    (file.parent / "one.png").unlink()
+    with pytest.raises(
+        RecordError, match="'a': its image .*one.png does not exist.* 1 more record"
+    ):
+        open_table(file)
+
+
+def test_bad_headers_are_named_and_counted(tmp_path, cache):
+    good = StoredImage.from_pil(Image.new("RGB", (8, 8)))
+    Image.new("RGB", (1, 250)).save(tmp_path / "narrow.png")
+    bad = [StoredImage(b"GIF89a"), StoredImage(path=str(tmp_path / "narrow.png")), good]
+    records = [Record(str(i), PROMPT, "a", "b", (image,)) for i, image in enumerate(bad)]
+    with pytest.raises(RecordError, match="'0': its image 6 embedded bytes cannot.*1 more.*: '1'"):
+        table_of(records)
+    found = {}
+    table = table_of(records, lambda record, error: found.update({record.name: str(error)}))
+    assert [row.name for row in table] == ["2"] and list(found) == ["0", "1"]
+    assert "ratio of more than 200" in found["1"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp", "tiff"])
+def test_sizes_from_headers_are_those_of_decoded_images(tmp_path, orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = str(tmp_path / f"image.{format}")
+    Image.new("RGB", (30, 20), (9, 8, 7)).save(path, exif=exif)
+    stored = StoredImage(path=path)
+    assert stored.size() == stored.decode()[0].size == ((20, 30) if orientation > 4 else (30, 20))
+
+
+def test_a_header_is_read_without_the_pixels(tmp_path):
+    """A truncated file has a size, and an error when it is decoded."""
+    path = tmp_path / "image.jpg"
+    Image.effect_noise((300, 200), 90).convert("RGB").save(path)
+    stored = StoredImage(path.read_bytes()[:2000])
+    assert stored.size() == (300, 200)
+    with pytest.raises(ImageError, match="truncated"):
+        stored.decode()
+
+
+def test_files_of_other_users_are_not_opened(file, monkeypatch):
+    table = open_table(file)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert record_table._opened(table.folder, next(table.folder.glob("*.arrow")).stem, "") is None
+
+
+def test_a_killed_conversion_leaves_no_table(file, tmp_path):
+    program = (
+        "import os, realign.data.record_table as t\n"
+        "t._to_row = lambda *_: os.kill(os.getpid(), 9)\n"
+        f"t.open_table({str(file)!r})\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], env=os.environ)
+    assert run.returncode == -9
+    assert [row.name for row in open_table(file)] == ["a", "b"]
+
+
+def test_memory_of_embedded_images_is_bounded(tmp_path, cache):
+    """A table of 64 MB of images takes less than 32 MB of memory, however many are read."""
+    program = (
+        "import os, sys\n"
+        "from PIL import Image\n"
+        "from realign.data.images import StoredImage\n"
+        "from realign.data.record_table import table_of\n"
+        "from realign.data.records import Record\n"
+        "from realign.training.throughput import process_memory\n"
+        "def records(count):\n"
+        "    for i in range(count):\n"
+        "        image = Image.frombytes('RGB', (300, 220), os.urandom(198000))\n"
+        "        stored = (StoredImage.from_pil(image),)\n"
+        "        yield Record(str(i), ({'role': 'user', 'content': 'a'},), 'a', 'b', stored)\n"
+        "list(table_of(records(1)))\n"
+        "import realign.data.record_table as t\n"
+        "t._BATCH = 16\n"
+        "before = process_memory('VmHWM')\n"
+        "table = table_of(records(320))\n"
+        "size = sum(len(table.image(row.images[0]).data) for row in table)\n"
+        "print(size, process_memory('VmHWM') - before)\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    size, grown = map(int, out.stdout.split())
+    assert size > 60 << 20 and grown < 32 << 20
+
+
+def test_names_and_texts_of_any_unicode_are_kept():
+    image = StoredImage.from_pil(Image.new("RGB", (8, 8)))
+    record = Record("a", ({"role": "user", "content": "\ud800"},), "\udfff", "b\0", (image,))
+    row = table_of([record, replace(record, name="b")])[0]
+    assert (row.prompt, row.chosen, row.rejected) == (record.prompt, "\udfff", "b\0")
