@@ -153,7 +153,7 @@ def encode_records(
         on_bad(records[place], bad[place])
     if len(bad) > len(records) - len(rows):
         examples = _in_memory(table, encoded, objective, layout)
-        store = ImageStore(processor, layout, examples)
+        store = ImageStore(processor, layout, examples).with_images_of(store)
     return examples, store
 
 

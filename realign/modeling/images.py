@@ -300,6 +300,11 @@ class ImageStore:
                 self._room -= size
         return bundle
 
+    def with_images_of(self, other: ImageStore) -> ImageStore:
+        """This store, with the preprocessed images of another one."""
+        self._bundles, self._room = other._bundles, other._room
+        return self
+
     def first(self) -> Images:
         """A batch of the first image."""
         return self.batch([next(self.keys())])

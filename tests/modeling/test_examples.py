@@ -1,4 +1,4 @@
-"""Examples on disk: equal to those in memory, shared by ranks, and made again if anything changed."""
+"""Examples on disk: equal to those in memory, and made again if anything has changed."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from tiny_vlms import random_record
 
 from realign.data import record_table
 from realign.data.record_table import open_table, table_of
-from realign.data.records import RecordError, read_pairs, write_pairs
+from realign.data.records import RecordError, read_pairs
 from realign.digits import ASSETS
 from realign.modeling import encode
 from realign.modeling.chat import text_inputs
@@ -76,9 +76,9 @@ def test_encoded_records_are_kept_by_everything_they_depend_on(table, monkeypatc
         encode._Encoder, "encode", lambda self, rows: calls.append(len(rows)) or inner(self, rows)
     )
 
-    def chunks(objective=objectives.rdpo(), **changes):
+    def chunks(objective=None, **changes):
         calls.clear()
-        encode_table(table, processor, objective, **LIMITS | changes)
+        encode_table(table, processor, objective or objectives.rdpo(), **LIMITS | changes)
         return list(calls)
 
     assert chunks() == [5, 5, 5, 5, 4]
@@ -98,7 +98,7 @@ def test_encoded_records_are_kept_by_everything_they_depend_on(table, monkeypatc
     assert chunks() == []
 
 
-def test_a_killed_encoding_keeps_its_files(table, tmp_path):
+def test_a_killed_encoding_keeps_its_files(table, pairs_file):
     """Only the records of the file that was being written are encoded again."""
     program = (
         "import os, sys\n"
@@ -120,25 +120,10 @@ def test_a_killed_encoding_keeps_its_files(table, tmp_path):
         "    layout=Layout(4), max_response_tokens=100, max_tokens=512, progress=False)\n"
         "print(count)\n"
     )
-    source = str(next(iter(table.folder.parent.parent.parent.glob("*.parquet")), ""))
-    (tmp_path / "copy").mkdir()
-    write_pairs(tmp_path / "copy" / "pairs.parquet", read_pairs(source) if source else _all(table))
-    run = [sys.executable, "-c", program, str(tmp_path / "copy" / "pairs.parquet")]
+    run = [sys.executable, "-c", program, str(pairs_file)]
     assert subprocess.run([*run, "4"]).returncode == -9
     out = subprocess.run([*run, "0"], capture_output=True, text=True, check=True).stdout
     assert out.split()[-1] == "2"  # the first three of five files were kept
-
-
-def _all(table):
-    """The records of a table."""
-    from realign.data.records import Record
-
-    for row in table:
-        images, retrieved = (
-            tuple(table.image(facts) for facts in column)
-            for column in (row.images, row.retrieved_images)
-        )
-        yield Record(row.name, row.prompt, row.chosen, row.rejected, images, retrieved)
 
 
 def test_all_unusable_records_are_counted(pairs_file):
@@ -205,14 +190,10 @@ def test_a_processor_that_reads_pixels_is_found(monkeypatch):
         return inner(self, images=images, text=text, **options)
 
     monkeypatch.setattr(kind, "__call__", call)
-    examples = encode_table(
-        table_of([record]), processor, objectives.dpo(), layout=Layout(
-            processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-        ), max_response_tokens=100, max_tokens=4096, progress=False,
-    )  # fmt: skip
-    store = ImageStore(processor, Layout(
-        processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    ), examples)  # fmt: skip
+    layout = Layout(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+    settings = LIMITS | {"layout": layout, "max_tokens": 4096}
+    examples = encode_table(table_of([record]), processor, objectives.dpo(), **settings)
+    store = ImageStore(processor, layout, examples)
     with pytest.raises(RecordError, match="image tokens, and a blank image of its size"):
         store.first()
 

@@ -100,7 +100,7 @@ def test_gradients_are_repeatable_when_many_leaves_share_a_root(processor):
     """On two threads: one row of hidden states predicts the first token of every leaf."""
     examples, store = make_examples(processor, 2, objectives.rdpo())
     model = ForestModel(load_model(ASSETS))
-    batch = build_batch(examples * 40, store, row_tokens=4096)
+    batch = build_batch(list(examples) * 40, store, row_tokens=4096)
     weight = model.vlm.model.get_decoder().layers[-1].mlp.down_proj.weight
     upstream = torch.randn(len(batch.rows))
     threads = torch.get_num_threads()
