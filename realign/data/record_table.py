@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,9 +56,12 @@ _SCHEMA = pa.schema(
     }
 )
 _OF_FILES = ("offset", "path", "size", "changed")
-_BATCH = 256  # records whose embedded images are in memory at once
-_GROUP = 4096  # rows of a batch in the Arrow file
-_THREADS = 4  # hashing and header reading use about half a core at 100 kB per image
+_BATCH = 256
+"""Records whose embedded images are in memory at once."""
+_GROUP = 4096
+"""Rows of a batch in the Arrow file."""
+_THREADS = 4
+"""Threads that hash images and read their headers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +215,8 @@ def open_table(
     if table is None:
         records = progress(stream_pairs(source, image_folder, split=split))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)  # others could plant links in it
+            _check_own(folder)
             _convert(records, folder, name)
         except OSError as error:
             if isinstance(error, FileNotFoundError):
@@ -276,11 +281,28 @@ def _convert(records: Iterable[Record], folder: Path, name: str) -> None:
         _write(records, arrow, blob, None)
 
 
+def _check_own(folder: Path) -> None:
+    """Refuse a folder that others have made, for example as a link to a folder of this user.
+
+    Raises:
+        ValueError: for a link, or a folder of another user.
+    """
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise ValueError(
+            f"{folder} is not a folder of yours. Remove it, or set $REALIGN_CACHE to another "
+            "folder."
+        )
+
+
 def _remove_others(folder: Path, name: str) -> None:
     """Remove tables of earlier contents. Processes that have opened them keep their data."""
     for path in folder.iterdir():
-        if path.name not in (f"{name}.arrow", f"{name}.images") and path.suffix != ".partial":
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if not path.name.startswith((name, ".")):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _write(

@@ -206,8 +206,8 @@ class ImageStore:
 
     Workers are threads, since Pillow and numpy release the interpreter's lock while they compute.
     Each has a copy of the image processor. Preprocessed images are kept until `cache_bytes` are in
-    use. They are never evicted: an epoch reads all images in turn, so a cache of the latest images
-    that is slightly too small would find none of them.
+    use. They are never evicted. An epoch reads all images in turn. A cache of the latest images finds
+    none again if it is slightly too small.
 
     Args:
         processor: a Hugging Face processor.

@@ -3,8 +3,8 @@
 A processor writes image tokens into a prompt by the sizes of its images. Preprocessing takes 14 ms
 for an image of LLaVA-1.5 and 36 ms for one of Qwen2-VL (one slow core). So each size is
 preprocessed once, as a blank image. The processor's own code then writes the text of every prompt,
-with the stored result in place of its image processor, and stops before it tokenizes. The texts of
-many prompts are tokenized together, with one image token for each run of them.
+with the stored result in place of its image processor. It is stopped before it tokenizes. The texts
+of many prompts are tokenized together, with one image token for each run of them.
 
 Most processors replace each image token by a text that depends on the size only. For them, the
 text is put into later prompts without a call of the processor, which takes 0.6 ms.
@@ -59,10 +59,13 @@ class PromptIds:
         token = self._tokenizer.convert_ids_to_tokens(layout.image_token_id)
         self._run = re.compile(f"(?:{re.escape(token)})+") if token else None
         self._token = token or ""
-        self._checked: dict[int, int] = {}  # number of images -> prompts compared
-        self._replacements: dict[tuple[Size, bool], str | None] = {}  # texts of one image
-        self._replaces = True  # whether all written prompts had these texts in place of tokens
-        self._seen: set[tuple[Size, ...]] = set()  # sizes of prompts that were written
+        # Number of images -> prompts that were compared.
+        self._checked: dict[int, int] = {}
+
+        self._replacements: dict[tuple[Size, bool], str | None] = {}
+        # Whether all written prompts had these texts in place of image tokens.
+        self._replaces = True
+        self._seen: set[tuple[Size, ...]] = set()
         self._texts: dict[Key, tuple[str, bool] | None] = {}
         self._ids: dict[Key, np.ndarray] = {}
 
@@ -149,9 +152,9 @@ class PromptIds:
         for size in sizes:
             if (size, several) not in self._replacements:
                 count = 1 + several
-                alone = self._write(token * count, (size,) * count)
-                part = alone[0][: len(alone[0]) // count] if alone else None
-                same = alone is not None and part is not None and part * count == alone[0]
+                single = self._write(token * count, (size,) * count)
+                part = single[0][: len(single[0]) // count] if single else None
+                same = single is not None and part is not None and part * count == single[0]
                 self._replacements[size, several] = part if same else None
         inputs = self._inputs([text])
         pieces = inputs["text"][0].split(token)

@@ -56,7 +56,8 @@ class Leaves:
     pairs: NDArray[np.int64]  # (L, 2) index of the forest, index of the leaf in the forest
     roots: NDArray[np.int64]  # (L,) in [0, R)
     root_lengths: NDArray[np.int64]  # (R,) prompt tokens
-    root_keys: NDArray[np.void]  # (R,) V16, digests of images and prompt
+    root_keys: NDArray[np.void]
+    """(R,) V16, digests of images and prompts."""
 
 
 def collect_leaves(forests: Sequence[Forest] | Leaves) -> Leaves:

@@ -143,6 +143,19 @@ def test_files_of_other_users_are_not_opened(file, monkeypatch):
     assert record_table._opened(table.folder, next(table.folder.glob("*.arrow")).stem, "") is None
 
 
+def test_a_planted_link_leads_nowhere(file, tmp_path):
+    """The name of the folder is predictable. Old files are removed only in a folder of ours."""
+    folder = open_table(file).folder
+    victim = tmp_path / "victim"
+    folder.rename(victim)
+    (victim / "thesis.arrow").write_text("mine")
+    folder.symlink_to(victim)
+    write_pairs(file, [Record("c", PROMPT, "yes", "no", (StoredImage(path="one.png"),))])
+    with pytest.raises(ValueError, match="is not a folder of yours. Remove it"):
+        open_table(file)
+    assert (victim / "thesis.arrow").read_text() == "mine" and len(list(victim.iterdir())) == 3
+
+
 def test_a_killed_conversion_leaves_no_table(file, tmp_path):
     program = (
         "import os, realign.data.record_table as t\n"
