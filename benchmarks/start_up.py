@@ -3,6 +3,7 @@
     python -m benchmarks.start_up start --kind embedded --count 4000 --out start.json
     python -m benchmarks.start_up trl --count 4000 --out trl.json
     python -m benchmarks.start_up wait --workers 1 --out wait.json
+    python -m benchmarks.start_up_table FOLDER    # tables of all results in a folder
 
 Each run is `python -m realign.train` in a fresh process per rank, with timers around its stages.
 The model is tiny, and its image processor has real sizes (`start_up_data.py`). Times count from the
@@ -20,9 +21,11 @@ source tree than this one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -82,9 +85,8 @@ def memory() -> dict[str, float]:
     """
 
     def lines(pid: int, file: str) -> dict[str, float]:
-        pairs = (line.split(":", 1) for line in Path(f"/proc/{pid}/{file}").read_text().splitlines())
-        sizes = {name: rest.split() for name, rest in (pair for pair in pairs if len(pair) == 2)}
-        return {n: int(v[0]) / 1024 for n, v in sizes.items() if v[-1:] == ["kB"]}
+        text = Path(f"/proc/{pid}/{file}").read_text()
+        return {name: int(kib) / 1024 for name, kib in re.findall(r"(\w+):\s+(\d+) kB", text)}
 
     own = lines(os.getpid(), "status") | lines(os.getpid(), "smaps_rollup")
     found = {name: own[name] for name in ("VmHWM", "VmRSS", "RssAnon", "RssFile", "Pss")}
@@ -149,10 +151,8 @@ def cut_reference_pass(marks: Marks, batches: int) -> None:
 
         known = int((~self.missing(leaves)).sum())
         began, cpu, done = time.monotonic(), cpu_seconds(), None
-        try:
+        with contextlib.suppress(_Enough):
             done = fill(self, counted, leaves, **options)
-        except _Enough:
-            pass
         computed = int((~self.missing(leaves)).sum()) - known
         seconds = {"seconds": time.monotonic() - began, "cpu_seconds": cpu_seconds() - cpu}
         marks.add("batches", batches=len(calls), leaves=computed, known=known, **seconds)

@@ -27,7 +27,7 @@ from realign.data.records import Record, StoredImage, write_pairs
 
 BODIES = 500
 SIZE = (640, 480)
-NOISE = 55
+NOISE = 52
 """Half the range of the noise in a color. It gives 106 KiB at Pillow's default quality of 75."""
 SMALL = 200
 """Distinct small images of a data set whose texts and headers alone matter."""
@@ -76,16 +76,19 @@ def _records(folder: Path, kind: str, count: int) -> Iterator[Record]:
     lengths = SHORT if kind == "headers" else RLAIF_V
     images = _images(folder, kind)
     for number in range(count):
-        question, chosen, rejected = (_text(rng, words, rng.integers(*span)) for span in lengths)
+        question, chosen, rejected = (
+            _text(rng, words, int(rng.integers(*span))) for span in lengths
+        )
         prompt = ({"role": "user", "content": question},)
         one, other = (next(images),), (next(images),)
         yield Record(f"r{number}", prompt, chosen, rejected, one, other)
 
 
 def corpus() -> str:
-    """English text of Python's own help: 60,000 words in a fixed order."""
+    """English text of Python's own help: 55,000 words in a fixed order."""
     topics = pydoc_data.topics.topics
-    found = re.findall(r"[A-Za-z]+(?:'[a-z]+)?[.,;:]?(?=\s)", " ".join(map(topics.get, sorted(topics))))
+    text = " ".join(topics[name] for name in sorted(topics))
+    found = re.findall(r"[A-Za-z]+(?:'[a-z]+)?[.,;:]?(?=\s)", text)
     return " ".join(found)
 
 
