@@ -162,6 +162,21 @@ def cut_reference_pass(marks: Marks, batches: int) -> None:
     ReferenceCache.fill = cut
 
 
+def keep_no_images(train: Any) -> None:
+    """Empty a store that keeps preprocessed images after set-up, as if the data set were large."""
+    set_up = train.set_up
+
+    def emptied(*args, **kwargs):
+        run = set_up(*args, **kwargs)
+        store = run.inputs.store
+        if hasattr(store, "_bundles") and hasattr(store, "_room"):
+            store._bundles.clear()
+            store._room = 0
+        return run
+
+    train.set_up = emptied
+
+
 def sleep_in_steps(marks: Marks, seconds: float) -> None:
     """Replace all steps but the first by a sleep, and measure the waits for micro-batches."""
     from realign.training import step
@@ -192,6 +207,7 @@ def import_models() -> None:
 
     for family in ("Llava", "Qwen2VL"):
         getattr(hf, f"{family}ForConditionalGeneration"), getattr(hf, f"{family}Processor")
+    import torch._dynamo  # noqa: F401 - the optimizer imports it, in 0.5 s
 
 
 def run_start(job: dict[str, Any], marks: Marks) -> None:
@@ -202,8 +218,6 @@ def run_start(job: dict[str, Any], marks: Marks) -> None:
 
     import_models()
     without_torchvision()
-    import torch._dynamo  # noqa: F401 - the optimizer imports it
-
     marks.add("imports")
     names = {field.name for part in (DataConfig, RunConfig, ScaleConfig) for field in fields(part)}
     arguments = list(job["arguments"])
@@ -214,6 +228,7 @@ def run_start(job: dict[str, Any], marks: Marks) -> None:
     marks.after(train, "reference_pass", "reference_pass")
     cut_reference_pass(marks, job["batches"])
     if job["step_seconds"]:
+        keep_no_images(train)
         sleep_in_steps(marks, job["step_seconds"])
     else:
         from realign.training import step
