@@ -15,7 +15,7 @@ source tree than this one.
   leaves. The warm run therefore finds every leaf.
 - `trl` times TRL's `DPOTrainer` on the same records: the data set, the trainer, the first batch.
 - `wait` replaces every step but the first by a sleep, as on a GPU. It reports the share of time in
-  which the loop waits for a micro-batch.
+  which the loop waits for a micro-batch, and the CPU time of a micro-batch.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
 TICKS = os.sysconf("SC_CLK_TCK")
-STEPS = 60
-"""Steps of a `wait` run. The first two, which fill the queue, do not count."""
+STEPS, SKIPPED = 60, 2
+"""Steps of a `wait` run, and the first of them, which fill the queue and do not count."""
 RECORDS = 4
 """Records of a micro-batch of a `wait` run, with two images each."""
 MICRO_BATCH = 16
@@ -181,7 +181,7 @@ def sleep_in_steps(marks: Marks, seconds: float) -> None:
     """Replace all steps but the first by a sleep, and measure the waits for micro-batches."""
     from realign.training import step
 
-    inner, steps, totals = step.accumulate, [], {}
+    inner, steps, totals, cpu = step.accumulate, [], {}, []
 
     def accumulate(model, parts, *args, **kwargs):
         began = time.monotonic()
@@ -192,10 +192,14 @@ def sleep_in_steps(marks: Marks, seconds: float) -> None:
         else:
             totals.update(inner(model, ready, *args, **kwargs))
         steps.append((waited, time.monotonic() - began))
+        if len(steps) == SKIPPED:
+            cpu.append(cpu_seconds())
         if len(steps) == STEPS:
-            waits, whole = zip(*steps[2:], strict=True)
-            share = sum(waits) / sum(whole)
-            marks.add("wait", share=share, median_ms=1000 * median(waits), steps=len(waits))
+            waits, whole = zip(*steps[SKIPPED:], strict=True)
+            share, count = sum(waits) / sum(whole), len(waits)
+            used = (cpu_seconds() - cpu[0]) / count
+            figures = {"share": share, "median_ms": 1000 * median(waits), "cpu_ms": 1000 * used}
+            marks.add("wait", **figures, steps=count)
         return dict(totals)
 
     step.accumulate = accumulate
@@ -215,6 +219,7 @@ def run_start(job: dict[str, Any], marks: Marks) -> None:
     from benchmarks.start_up_data import without_torchvision
     from realign import distributed, train
     from realign.config import DataConfig, RunConfig, ScaleConfig
+    from realign.training import setup
 
     import_models()
     without_torchvision()
@@ -223,8 +228,10 @@ def run_start(job: dict[str, Any], marks: Marks) -> None:
     arguments = list(job["arguments"])
     if job["workers"] is not None and "workers" in names:
         arguments += ["--workers", str(job["workers"])]
-    stop = distributed.exit_rank if job["stop"] else None
-    marks.after(train, "set_up", "set_up", stop and functools.partial(stop, 0))
+    end = functools.partial(distributed.exit_rank, 0)
+    if hasattr(setup, "read_pairs"):
+        marks.after(setup, "read_pairs", "records", end if job["stop"] == "records" else None)
+    marks.after(train, "set_up", "set_up", end if job["stop"] == "set-up" else None)
     marks.after(train, "reference_pass", "reference_pass")
     cut_reference_pass(marks, job["batches"])
     if job["step_seconds"]:
@@ -313,7 +320,7 @@ def job_of(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "arguments": arguments,
         "workers": options.workers,
         "batches": options.batches,
-        "stop": options.stop == "set-up",
+        "stop": options.stop,
         "step_seconds": options.step_seconds if waits else 0,
     }
 
@@ -337,7 +344,7 @@ def main() -> None:
     parser.add_argument("--caches", default="cold,warm", help="cold, or cold,warm")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--batches", type=int, default=4, help="timed batches of the pass")
-    parser.add_argument("--stop", choices=["set-up", "first-step"], default="first-step")
+    parser.add_argument("--stop", choices=["records", "set-up", "first-step"], default="first-step")
     parser.add_argument("--workers", type=int, help="--workers of realign.train, where it exists")
     parser.add_argument("--step-seconds", type=float, default=0.3)
     options = parser.parse_args()

@@ -30,7 +30,7 @@ SIZE = (640, 480)
 NOISE = 52
 """Half the range of the noise in a color. It gives 106 KiB at Pillow's default quality of 75."""
 SMALL = 200
-"""Distinct small images of a data set whose texts and headers alone matter."""
+"""Distinct images of a data set for the time of texts and headers."""
 RLAIF_V = ((10, 21), (60, 101), (60, 101))
 """Words of question, chosen and rejected answer: lowest number, and highest plus one."""
 SHORT = ((8, 13), (12, 21), (12, 21))
@@ -147,7 +147,7 @@ def model(folder: Path, family: str) -> Path:
 
 
 def without_torchvision() -> None:
-    """Let Qwen's processors load without torchvision, which their videos alone need."""
+    """Let Qwen's processors load without torchvision, which only their videos need."""
     from transformers.video_processing_utils import VideoProcessorMixin
 
     if not hf.utils.is_torchvision_available():

@@ -15,17 +15,17 @@ from typing import Any
 
 SETTING = ("family", "kind", "ranks")
 RUNS = (
-    *SETTING, "cache", "records", "imports s", "start s", "CPU s", "CPU ms/record", "first step s",
+    *SETTING, "cache", "up to", "records", "imports s", "s", "CPU s", "CPU ms/record", "first step s",
     "pass CPU ms/leaf", "peak MiB", "peak MiB of first step",
 )  # fmt: skip
 EXTENDED = (83_000, 1_000_000)
 """Records of RLAIF-V, and a million."""
 SLOPES = (
-    *SETTING, "cache", "records", "ms/record", "CPU ms/record", "MiB/record",
+    *SETTING, "cache", "up to", "records", "ms/record", "CPU ms/record", "MiB/record",
     *(f"{what} at {count:,}" for what in ("s", "CPU s", "MiB") for count in EXTENDED),
 )  # fmt: skip
 TRL = ("TRL records", "cache", "data set s (CPU)", "trainer", "first batch", "peak MiB")
-WAITS = ("family", "workers", "step s", "share of waits", "median wait ms")
+WAITS = ("family", "workers", "step s", "share of waits", "median wait ms", "CPU ms")
 
 Ranks = list[dict[str, Any]]  # the marks of each rank
 Row = list[str]
@@ -46,25 +46,25 @@ def peak(runs: list[Ranks], place: str) -> float:
     return median(max(marks[place]["VmHWM"] for marks in ranks) for ranks in runs)
 
 
-def start_row(runs: list[Ranks], count: int) -> Row:
-    """The columns of `RUNS` from `records` on."""
-    wall, cpu = span(runs, "set_up")
+def start_row(runs: list[Ranks], place: str, count: int) -> Row:
+    """The columns of `RUNS` from `records` on, up to a mark: records read, or `set_up` done."""
+    wall, cpu = span(runs, place)
     imports = median(ranks[0]["imports"]["wall"] for ranks in runs)
     row = [f"{count:,}", *(f"{number:.1f}" for number in (imports, wall, cpu))]
     row += [f"{1000 * cpu / count:.2f}"]
-    done = [ranks for ranks in runs if "first_step" in ranks[0]]
+    done = [ranks for ranks in runs if "first_step" in ranks[0] and place == "set_up"]
     parts = [marks["batches"] for ranks in done for marks in ranks if marks["batches"]["leaves"]]
     # With made-up log-probs, the time to the first step lacks a part of the reference pass.
     row += [f"{span(done, 'first_step')[0]:.1f}" if done and not parts else ""]
     leaf = [1000 * part["cpu_seconds"] / part["leaves"] for part in parts]
-    row += [f"{median(leaf):.1f}" if leaf else "", f"{peak(runs, 'set_up'):,.0f}"]
+    row += [f"{median(leaf):.1f}" if leaf else "", f"{peak(runs, place):,.0f}"]
     return row + [f"{peak(done, 'first_step'):,.0f}" if done else ""]
 
 
-def slope_row(points: list[tuple[int, list[Ranks]]]) -> Row:
+def slope_row(points: list[tuple[int, list[Ranks]]], place: str) -> Row:
     """The columns of `SLOPES` from `records` on, for (records, runs) points."""
     (few, low), (many, high) = (find(points, key=lambda one: one[0]) for find in (min, max))
-    ends = [(*span(runs, "set_up"), peak(runs, "set_up")) for runs in (low, high)]
+    ends = [(*span(runs, place), peak(runs, place)) for runs in (low, high)]
     slopes = [(b - a) / (many - few) for a, b in zip(*ends, strict=True)]
     row = [f"{few:,} to {many:,}", *(f"{1000 * slope:.3f}" for slope in slopes[:2])]
     row += [f"{slopes[2]:.3f}"]
@@ -83,10 +83,12 @@ def table(folder: Path) -> str:
         for run in found["runs"]:
             by_cache.setdefault(run["cache"], []).append(run["ranks"])
         for cache, runs in by_cache.items():
-            key = (*(setting[name] for name in SETTING), cache)
             if setting["what"] == "start":
-                points.setdefault(key, []).append((int(setting["count"]), runs))
-                rows[RUNS].append([*key, *start_row(runs, int(setting["count"]))])
+                count = int(setting["count"])
+                for place in (name for name in ("records", "set_up") if name in runs[0][0]):
+                    key = (*(setting[name] for name in SETTING), cache, place)
+                    points.setdefault(key, []).append((count, runs))
+                    rows[RUNS].append([*key, *start_row(runs, place, count)])
             elif setting["what"] == "trl":
                 places = [span(runs, place) for place in ("data_set", "trainer", "first_batch")]
                 figures = [f"{wall:.2f} ({cpu:.2f})" for wall, cpu in places]
@@ -95,12 +97,14 @@ def table(folder: Path) -> str:
                 )
             else:
                 waits = [ranks[0]["wait"] for ranks in runs]
-                share, wait = (
-                    median(one[name] for one in waits) for name in ("share", "median_ms")
+                share, *rest = (
+                    median(one[name] for one in waits) for name in ("share", "median_ms", "cpu_ms")
                 )
                 named = [setting[name] for name in ("family", "workers", "step_seconds")]
-                rows[WAITS].append([*named, f"{100 * share:.1f} %", f"{wait:.0f}"])
-    rows[SLOPES] = [[*key, *slope_row(found)] for key, found in points.items() if len(found) > 1]
+                rows[WAITS].append([*named, f"{100 * share:.1f} %", *(f"{ms:.0f}" for ms in rest)])
+    rows[SLOPES] = [
+        [*key, *slope_row(found, key[-1])] for key, found in points.items() if len(found) > 1
+    ]
     return "\n\n".join(markdown(head, found) for head, found in rows.items() if found)
 
 

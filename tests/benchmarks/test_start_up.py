@@ -145,7 +145,7 @@ def test_tables_extend_the_slope_to_other_numbers_of_records(tmp_path):
     start_file(tmp_path, 1000, seconds=2, mib=500)
     start_file(tmp_path, 3000, seconds=4, mib=700)
     runs, slopes = start_up_table.table(tmp_path).split("\n\n")
-    assert "| llava | embedded | 1 | cold | 3,000 | 5.0 | 4.0 | 2.0 | 0.67 |" in runs
+    assert "| llava | embedded | 1 | cold | set_up | 3,000 | 5.0 | 4.0 | 2.0 | 0.67 |" in runs
     # 1 ms and 0.1 MiB a record: 2 s + 82,000 ms, 1 CPU s + 41 s, 500 MiB + 8,200 MiB
     assert "| 1,000 to 3,000 | 1.000 | 0.500 | 0.100 | 84 | 1,001 | 42 |" in slopes
     assert slopes.endswith("| 500 | 8,700 | 100,400 |")
