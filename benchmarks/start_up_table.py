@@ -15,8 +15,8 @@ from typing import Any
 
 SETTING = ("family", "kind", "ranks")
 RUNS = (
-    *SETTING, "cache", "up to", "records", "imports s", "s", "CPU s", "CPU ms/record", "first step s",
-    "pass CPU ms/leaf", "peak MiB", "peak MiB of first step",
+    *SETTING, "cache", "up to", "records", "imports s", "s", "CPU s", "CPU ms/record",
+    "first step s", "pass CPU ms/leaf", "peak MiB", "peak MiB of first step",
 )  # fmt: skip
 EXTENDED = (83_000, 1_000_000)
 """Records of RLAIF-V, and a million."""
