@@ -254,11 +254,14 @@ def run_trl(job: dict[str, Any], marks: Marks) -> None:
     from benchmarks.step_contestants import dpo_trainer
 
     import_models()
+    folder = Path(job["cache"])  # the same path in both runs, by which `datasets` finds its cache
+    if not (folder / "pairs.parquet").is_symlink():
+        (folder / "pairs.parquet").symlink_to(job["pairs"])
     marks.add("imports")
     marks.after(datasets, "load_dataset", "data_set")
     trainer = dpo_trainer(
-        job["model"], AutoProcessor.from_pretrained(job["model"]), Path(job["folder"]), "lora",
-        dtype="fp32", per_device_train_batch_size=MICRO_BATCH, max_steps=1,
+        job["model"], AutoProcessor.from_pretrained(job["model"]), folder, "lora", dtype="fp32",
+        per_device_train_batch_size=MICRO_BATCH, max_steps=1,
     )  # fmt: skip
     marks.add("trainer")
     next(iter(trainer.get_train_dataloader()))
@@ -276,11 +279,8 @@ def run(job: dict[str, Any], ranks: int, cache: Path) -> list[dict[str, Any]]:
         shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         free.close()
-        job = {"arguments": [], "folder": folder, "tree": str(HERE)} | job
+        job = {"arguments": [], "cache": str(cache), "tree": str(HERE)} | job
         job["arguments"] = [*job["arguments"], "--output", f"{folder}/run"]
-        if "pairs" in job:
-            (Path(folder) / "pairs.parquet").symlink_to(job["pairs"])
-            (Path(folder) / "datasets").symlink_to(cache)
         processes, files = [], [Path(folder) / f"{rank}.json" for rank in range(ranks)]
         logs = [Path(folder) / f"{rank}.log" for rank in range(ranks)]
         for rank, (file, log) in enumerate(zip(files, logs, strict=True)):
