@@ -287,6 +287,7 @@ def run(job: dict[str, Any], ranks: int, cache: Path) -> list[dict[str, Any]]:
             named = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             usual = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
             own = {"REALIGN_CACHE": str(cache), "PYTHONPATH": str(HERE)}
+            own |= {"HF_DATASETS_CACHE": str(cache / "hf")}  # a conversion there is also new
             message = json.dumps(job | {"file": str(file)})
             with log.open("w") as output:
                 processes.append(subprocess.Popen(
