@@ -205,9 +205,9 @@ class ImageStore:
     """The distinct images of encoded examples, decoded and preprocessed when they are needed.
 
     Workers are threads, since Pillow and numpy release the interpreter's lock while they compute.
-    Each has a copy of the image processor. Preprocessed images are kept until `cache_bytes` are in
-    use. They are never evicted. An epoch reads all images in turn. A cache of the latest images finds
-    none again if it is slightly too small.
+    Each has a copy of the image processor. Preprocessed images are kept up to `cache_bytes`. They
+    are never evicted. An epoch reads all images in turn. A cache of the latest images finds none
+    again if it is slightly too small.
 
     Args:
         processor: a Hugging Face processor.

@@ -1,5 +1,6 @@
 """Faults of disk and data: saved work stays, errors name the cause, and no rank hangs."""
 
+import copy
 import os
 import random
 import resource
@@ -20,7 +21,6 @@ from torch.distributed.checkpoint.planner import SavePlan
 from realign import distributed
 from realign.data.records import RecordError, read_pairs
 from realign.files import JsonlLog, read_jsonl
-from realign.modeling.images import ImageStore
 from realign.train import main
 from realign.training.checkpoint import CheckpointError, Checkpoints, _Writer
 from realign.training.run_dir import sole_writer
@@ -281,14 +281,12 @@ def test_a_gradient_that_no_single_record_causes(pairs_file, tmp_path, monkeypat
         run(pairs_file, tmp_path, *EVERY_2)
 
 
-def test_an_image_that_becomes_nan_is_refused_before_the_first_forward(
-    processor, pairs_file, forest_model
-):
+def test_an_image_that_becomes_nan_is_refused_before_the_first_forward(processor, pairs_file):
     record = read_pairs(pairs_file)[3]
-    store = ImageStore(processor, forest_model.layout)
-    pixels = {"pixel_values": torch.full((1, 3, 4, 4), torch.inf)}
+    broken = copy.deepcopy(processor)
+    broken.image_processor.image_std = [0.0, 0.0, 0.0]
     with pytest.raises(RecordError, match=rf"record '{record.name}': its image .* has NaN or inf"):
-        store.keep(record.name, record.images[0], pixels, 1)
+        encoded([record], broken)
 
 
 # --- two runs ---
