@@ -1,6 +1,5 @@
 """Faults of disk and data: saved work stays, errors name the cause, and no rank hangs."""
 
-import copy
 import os
 import random
 import resource
@@ -8,6 +7,7 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -283,7 +283,7 @@ def test_a_gradient_that_no_single_record_causes(pairs_file, tmp_path, monkeypat
 
 def test_an_image_that_becomes_nan_is_refused_before_the_first_forward(processor, pairs_file):
     record = read_pairs(pairs_file)[3]
-    broken = copy.deepcopy(processor)
+    broken = deepcopy(processor)
     broken.image_processor.image_std = [0.0, 0.0, 0.0]
     with pytest.raises(RecordError, match=rf"record '{record.name}': its image .* has NaN or inf"):
         encoded([record], broken)
