@@ -85,6 +85,9 @@ class FillConfig:
     """Attention of the language model, the same as in training, where 'auto' is 'tree'."""
     max_response_tokens: int = 1024
     """Longest response, in tokens. A longer response is an error and is never truncated."""
+    workers: int | None = None
+    """Threads of each rank that decode and preprocess images. 0 uses the thread that builds
+    batches. Without it, the rank's cores but one, from 1 to 8."""
     row_tokens: int = 0
     """Maximum number of tokens in a row of the forest. 0 selects the length of the longest tree."""
     batch_rows: int = 32
@@ -130,6 +133,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         meta=config.fsdp and distributed.rank() > 0,  # weights come from rank 0
         max_response_tokens=config.max_response_tokens,
         progress=progress,
+        workers=distributed.default_workers(config.workers),
     )
     model = inputs.model.eval()
     if config.fsdp:

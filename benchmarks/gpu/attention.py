@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from benchmarks.gpu.record import Record
 from realign.modeling import tree_attention
 from realign.modeling.attention import forest_mask
 from realign.modeling.forest import Example, ForestBatch, Leaf, Root, build_batch
-from realign.modeling.images import ImageStore
 from realign.modeling.layouts import Layout
 
 Attend = Callable[..., Tensor]
@@ -52,8 +52,7 @@ TOY = Sizes(heads=2, width=16, examples=2, root=(12, 20), leaf=(3, 9))
 def batch_of(sizes: Sizes) -> ForestBatch:
     """Batch of one row with random lengths, of which only the layout matters."""
     rng = np.random.default_rng(0)
-    store = ImageStore(None, Layout(0))
-    store.features = {}
+    store: Any = SimpleNamespace(layout=Layout(0), features={}, grids=lambda keys: {})
 
     def ids(ends: tuple[int, int]) -> np.ndarray:
         return rng.integers(1, 1 << 30, rng.integers(*ends))

@@ -59,7 +59,7 @@ def test_flop_agree_with_torch(forest, learns):
     model = ForestModel(vlm, train_vision=learns == "vision")
     if learns == "lora":
         add_lora(vlm, 16, 32)
-    per_image_token = image_flop(model, store, torch.device("cpu"))
+    per_image_token = image_flop(model, store.first(), torch.device("cpu"))
     # A root with its first leaf is one square, and further leaves are rectangles.
     pairs = sum(
         (root + first) ** 2 + sum(leaf * (root + leaf) for leaf in more)
