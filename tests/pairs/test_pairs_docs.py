@@ -13,10 +13,10 @@ from test_pairs_import_bad import BAD
 
 from realign.cli import parse_sections
 from realign.config import TrainConfig
+from realign.data.formats import FORMATS
 from realign.data.records import Record
 from realign.pairs.__main__ import main
 from realign.pairs.config import PairsConfig
-from realign.pairs.io.formats import FORMATS
 from realign.pairs.io.importers import read_any
 from realign.pairs.pipeline import STAGES
 from realign.pairs.stats import pair_rows
