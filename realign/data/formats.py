@@ -402,12 +402,13 @@ def format_of(item: Any) -> str | None:
     return format_with(frozenset(key for key, value in item.items() if not is_empty(value)))
 
 
-def entries_of(item: Any, format: str = "auto") -> list[Entry]:
+def entries_of(item: Any, format: str = "auto", default: str = "parquet") -> list[Entry]:
     """The entries of an item.
 
     Args:
         item: a JSON object or a row.
         format: a key of `FORMATS`, or "auto" for the format that the keys tell.
+        default: the format of an item whose keys tell none.
 
     Raises:
         Malformed: for an invalid item, or unknown keys that may change its meaning.
@@ -417,7 +418,7 @@ def entries_of(item: Any, format: str = "auto") -> list[Entry]:
         raise item
     if not isinstance(item, Mapping):
         raise Malformed(f"it is {short_repr(item)}, not an object.", "Write one object per record.")
-    name = (format_of(item) or "parquet") if format == "auto" else format
+    name = (format_of(item) or default) if format == "auto" else format
     known = KEYS[name]
     unknown = [k for k in item if k not in known and may_change(k) and not is_empty(item[k])]
     if unknown:

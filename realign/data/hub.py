@@ -29,8 +29,8 @@ class _NoFolder(DataFolder):
     def file(self, path: str) -> str:
         raise ImageError(
             "missing",
-            f"{shorten(repr(path))} is a path, and a data set of the Hub has no folder. Download it "
-            "with `hf download NAME --repo-type dataset` and pass its folder, or --image-folder",
+            f"{shorten(repr(path))} is a path, and a data set of the Hub has no folder. Download "
+            "it with `hf download NAME --repo-type dataset` and pass its folder, or --image-folder",
         )
 
 

@@ -1,4 +1,4 @@
-"""Manifests beside data: the meta file of InternVL and MMPR, and LLaMA-Factory's `dataset_info.json`.
+"""Manifests of data: the meta file of InternVL and MMPR, and LLaMA-Factory's dataset_info.json.
 
 A meta file names the annotations and the image folder of each of its data sets. A description in
 `dataset_info.json` names the columns of a file, and the roles in its messages. Manifests may come

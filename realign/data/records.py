@@ -134,7 +134,9 @@ def stream_pairs(
         source, image_folder, split=split, format=format, pairs=True, more=tuple(PROVENANCE)
     )
     count = 0
-    for record in iterate_records(opened.items, opened.folder, opened.format, skipped):
+    for record in iterate_records(
+        opened.items, opened.folder, opened.format, skipped, default=opened.first
+    ):
         count += 1
         yield record
     if not count:
@@ -224,6 +226,8 @@ def iterate_records(
     folder: DataFolder | None = None,
     format: str = "auto",
     skipped: Counter[str] | None = None,
+    *,
+    default: str = "parquet",
 ) -> Iterator[Record]:
     """Yields the records of items. One without an id is named by its place. Names are made unique.
 
@@ -233,6 +237,7 @@ def iterate_records(
             path, and relative paths start at the current directory.
         format: a key of `FORMATS`, or "auto".
         skipped: counts valid items that give no record, by reason. None prints the counts.
+        default: see `entries_of`.
 
     Raises:
         RecordError: after the last item, for the first invalid one. The message also counts the
@@ -252,7 +257,7 @@ def iterate_records(
                     f"it is {short_repr(item)}, not a dictionary.", "Give columns and values."
                 )
             name = name_of(item) or place
-            entries = entries_of(item, format)
+            entries = entries_of(item, format, default)
         except Skipped as reason:
             first = first or reason.of(name)
             counts[reason.reason] += 1

@@ -57,7 +57,7 @@ class Source:
         items: (place, item) pairs. An item that cannot be decoded is a `Malformed`.
         folder: the folder that image paths are relative to and must be in.
         format: the format for `entries_of`: the given one, or "auto".
-        first: the format of the first item, for messages.
+        first: the format of the first item, and of items whose keys tell none.
     """
 
     items: Items
@@ -292,14 +292,25 @@ def _open_json(found: _Files, folder: DataFolder, format: str, pairs: bool) -> S
     checked = []
     for place, item in items:  # up to the first item of a known format
         checked.append((place, item))
-        if first := format_of(item):
+        if first := _format_in_file(item):
             break
     else:
         return _unrecognized(path, checked, folder, format)
     if format.partition(":")[0] == "coco":
         raise ValueError(f"format is {format!r}, but {path} looks like {first!r}.")
     _check_pairs(str(path), first if format == "auto" else format, pairs)
+    if (
+        first == "realign" and format == "auto"
+    ):  # a later item may lack the image, which is an error
+        format = first
     return Source(chain(checked, items), folder, format, first)
+
+
+def _format_in_file(item: Any) -> str | None:
+    """The format of a JSON object. A null `retrieved_image` is a missing one, unlike in a table."""
+    if isinstance(item, dict) and "retrieved_image" in item:
+        return format_of({**item, "retrieved_image": True})
+    return format_of(item)
 
 
 def _unrecognized(path: Path, checked: list, folder: DataFolder, format: str) -> Source:

@@ -26,7 +26,7 @@ from realign.data.formats import entries_of
 from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.data.messages import texts_of
 from realign.data.records import Record, has_parts, write_pairs
-from realign.data.sources import Items, open_source
+from realign.data.sources import Source, open_source
 from realign.files import check_file
 from realign.pairs.io.images import ImagePaths, plain_image
 from realign.pairs.io.rows import FilteredRecord, InvalidRecord
@@ -62,7 +62,7 @@ def read_any(
         ValueError: for an unknown format, or a file that cannot be read.
     """
     source = open_source(data, images, split=split, format=format)
-    return _read(source.items, source.format, source.folder)
+    return _read(source)
 
 
 def import_pairs(
@@ -163,22 +163,22 @@ def _complete(
     return replace(record, images=tuple(images[:count]), retrieved_images=tuple(images[count:]))
 
 
-def _read(items: Items, format: str, folder: DataFolder) -> Iterator[Record | InvalidRecord]:
+def _read(source: Source) -> Iterator[Record | InvalidRecord]:
     names = Names()
     digests: dict[bytes, str] = {}  # digest of a record -> its name
-    for place, item in items:
+    for place, item in source.items:
         name = place
         try:
             if not isinstance(item, Malformed):
                 name = name_of(item) or place
-            entries = entries_of(item, format)
+            entries = entries_of(item, source.format, source.first)
         except Malformed as error:
             kind = FilteredRecord if isinstance(error, Skipped) else InvalidRecord
             yield kind(names.unique(name), "read", error.reason, printable(str(error)))
             continue
         for number, entry in enumerate(entries):
             name = entry.name or (f"{place}#{number + 1}" if len(entries) > 1 else place)
-            record = _record(names.unique(name), entry, folder)
+            record = _record(names.unique(name), entry, source.folder)
             if isinstance(record, Record):
                 first = digests.setdefault(_digest(record), record.name)
                 if first != record.name:
