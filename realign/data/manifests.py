@@ -8,13 +8,13 @@ from strangers, so the files that they name must be in their folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from realign.data.columns import is_empty
-from realign.data.errors import Malformed, short_error, short_repr
+from realign.data.errors import short_error, short_repr
 from realign.data.images import DataFolder, ImageError
 from realign.files import MOST_JSON, open_regular, read_json
 from realign.terminal import show
@@ -64,8 +64,15 @@ def meta_of(path: Path) -> dict[str, Any]:
     return content if named else {}
 
 
-def annotations_of(path: Path, meta: Mapping[str, Any]) -> list[tuple[Path, str]]:
+def annotations_of(
+    path: Path, meta: Mapping[str, Any], images: DataFolder | None = None
+) -> list[tuple[Path, str]]:
     """The annotation file and the image folder of each data set of a meta file.
+
+    Args:
+        path: the meta file.
+        meta: its content.
+        images: folder that the image folders are in. None means the folder of the meta file.
 
     Raises:
         ValueError: for a file outside the folder of the meta file, or one that is absent.
@@ -81,7 +88,11 @@ def annotations_of(path: Path, meta: Mapping[str, Any]) -> list[tuple[Path, str]
                 f"{path}: the annotation {short_repr(entry['annotation'])} of {short_repr(name)} "
                 "is missing. Unpack the annotations beside the meta file."
             )
-        found.append((annotation, str(entry.get("root") or "")))
+        try:
+            root = _within(folder if images is None else images, str(entry.get("root") or ""))
+        except ImageError as error:
+            raise ValueError(f"{path}: the root of {short_repr(name)} is {error}.") from error
+        found.append((annotation, root))
     repeated = [name for name, entry in meta.items() if entry.get("repeat_time", 1) != 1]
     if repeated:
         _note(str(path), len(repeated))
@@ -95,32 +106,25 @@ def _note(path: str, count: int) -> None:
         show(f"{path}: repeat_time of {count} data set(s) is not applied. Records are read once.")
 
 
-def with_root(item: Any, root: str, folder: DataFolder) -> Any:
-    """An item with its image paths relative to the image folder of its data set."""
-    if not root or not isinstance(item, Mapping):
+def with_root(item: Any, root: str) -> Any:
+    """An item with its image paths in the image folder of its data set."""
+    if not isinstance(item, Mapping):
         return item
     item = dict(item)
     for key in ("image", "images"):
         value = item.get(key)
         if isinstance(value, str) and value:
-            item[key] = _joined(folder, root, value)
+            item[key] = os.path.join(root, value)
         elif isinstance(value, list):
-            item[key] = [_joined(folder, root, v) if isinstance(v, str) else v for v in value]
+            item[key] = [os.path.join(root, v) if isinstance(v, str) else v for v in value]
     return item
-
-
-def _joined(folder: DataFolder, root: str, image: str) -> str:
-    try:
-        return os.path.join(_within(folder, root), image)
-    except ImageError as error:
-        raise Malformed(f"the root of its images is {error}.", "Move it.", error.reason) from error
 
 
 def _within(folder: DataFolder, path: str) -> str:
     """A path in a folder. It may begin with the folder's own name, as in MMPR/images."""
     file = folder.file(path)
     first, _, rest = path.partition("/")
-    if rest and first == os.path.basename(folder.path) and not os.path.exists(file):
+    if first == os.path.basename(folder.path) and not os.path.exists(file):
         return folder.file(rest)
     return file
 
@@ -185,12 +189,3 @@ def _messages(value: Any, tags: Mapping[str, Any]) -> Any:
     rest = {key: v for key, v in value.items() if key not in (role_key, content_key)}
     known = roles.get(role, role) if isinstance(role, str) else role
     return rest | {"role": known, "content": value.get(content_key)}
-
-
-def items_in(lines: Iterator[Any], root: str, folder: DataFolder) -> Iterator[Any]:
-    """The items of an annotation file, with the paths of its images below `root`."""
-    for item in lines:
-        try:
-            yield with_root(item, root, folder)
-        except Malformed as error:
-            yield error

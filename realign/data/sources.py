@@ -29,9 +29,9 @@ from realign.data.manifests import (
     annotations_of,
     described_columns,
     description_of,
-    items_in,
     meta_of,
     renamed,
+    with_root,
 )
 from realign.data.tables import columns_of, rows_of
 from realign.files import MOST_JSON, open_regular, read_json, read_limited
@@ -269,7 +269,7 @@ def _open_tables(
 def _open_json(found: _Files, folder: DataFolder, format: str, pairs: bool) -> Source:
     (path,) = found.files
     if meta := meta_of(path):
-        items = _annotated(annotations_of(path, meta), folder)
+        items = _annotated(annotations_of(path, meta, folder))
     elif path.suffix == ".jsonl" or _has_lines(path):
         items = _numbered(path, json_lines(path))
     else:
@@ -332,11 +332,11 @@ def _check_pairs(data: str, format: str, pairs: bool) -> None:
         )
 
 
-def _annotated(annotations: list[tuple[Path, str]], folder: DataFolder) -> Items:
+def _annotated(annotations: list[tuple[Path, str]]) -> Items:
     """The items of all annotation files of a meta file."""
     for path, root in annotations:
         lines = iter(_json(path)) if path.suffix == ".json" else json_lines(path)
-        yield from _numbered(path, items_in(lines, root, folder))
+        yield from _numbered(path, (with_root(item, root) for item in lines))
 
 
 def _described(items: Items, description: dict[str, Any]) -> Items:
