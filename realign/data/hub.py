@@ -9,7 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
+
+import pyarrow as pa
 
 from realign.data.errors import Malformed, short_error, short_repr, shorten
 from realign.data.images import DataFolder, ImageError
@@ -52,13 +54,16 @@ def open_name(
         ValueError: for a split that is absent or not named, a data set that needs a login or its
             own code, or when the Hub cannot be reached.
     """
-    datasets = _datasets()
+    datasets, commit = _datasets(), revision(name)
     try:
-        found = datasets.load_dataset(name, revision=revision(name), streaming=True)
-        names = chosen_splits(name, list(found), split)
-        parts = [(part, found[part].with_format("arrow")) for part in names]
+        found = datasets.load_dataset(name, revision=commit, streaming=True)
+    except _failures() as error:
+        raise _refused(name, error) from error
+    names = chosen_splits(name, list(found), split)
+    parts = [(part, found[part].with_format("arrow")) for part in names]
+    try:
         columns = parts[0][1].column_names or list(next(iter(found[names[0]].take(1)), {}))
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except _failures() as error:
         raise _refused(name, error) from error
     return columns, _rows(name, parts)
 
@@ -68,20 +73,33 @@ def _rows(
 ) -> Iterator[tuple[str, dict[str, Any] | Malformed]]:
     for part, rows in parts:
         place = 0
-        try:
-            for table in rows.iter(_BATCH):
-                for batch in table.to_batches():
-                    for piece, size in pieces(batch):
-                        if size > SMALL:
-                            raise ValueError(
-                                f"{name}: row {place} of {part} decodes to {size >> 20} MiB. The "
-                                f"limit is {SMALL >> 20} MiB."
-                            )
-                        for row in python_rows(piece):
-                            yield f"{part}:{place}", row
-                            place += 1
-        except (OSError, RuntimeError) as error:
-            raise _refused(name, error) from error
+        for piece, size in _pieces(name, rows):
+            if size > SMALL:
+                raise ValueError(
+                    f"{name}: row {place} of {part} decodes to {size:,} bytes. The limit is "
+                    f"{SMALL:,}, like for the rows of a file."
+                )
+            for row in python_rows(piece):
+                yield f"{part}:{place}", row
+                place += 1
+
+
+def _pieces(name: str, rows: Any) -> Iterator[tuple[pa.RecordBatch, int]]:
+    try:
+        for table in rows.iter(_BATCH):
+            for batch in table.to_batches():
+                yield from pieces(batch)
+    except _failures() as error:
+        raise _refused(name, error) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Errors of `datasets`, of the Hub and of the connection."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The bases have the errors of the HTTP client, which differs between versions.
+    bases = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+    return OSError, RuntimeError, ValueError, pa.ArrowException, *bases
 
 
 def chosen_splits(source: str, names: list[str], split: str | None) -> list[str]:
@@ -113,11 +131,11 @@ def revision(name: str) -> str:
         FileNotFoundError: like `open_name`.
         ValueError: like `open_name`.
     """
-    try:
-        from huggingface_hub import HfApi
+    from huggingface_hub import HfApi
 
+    try:
         return HfApi().dataset_info(name).sha or ""
-    except (OSError, RuntimeError) as error:
+    except _failures() as error:
         raise _refused(name, error) from error
 
 

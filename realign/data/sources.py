@@ -42,7 +42,7 @@ _MOST_JSON = 2 << 30
 """Limit on a JSON file, in bytes: twice LLaVA's llava_v1_5_mix665k.json. JSON lines have none."""
 _TABLES = (".parquet", ".arrow")
 _DATA = (*_TABLES, ".json", ".jsonl", ".csv", ".tsv")
-_SPLITS = re.compile(r"(train|test|validation|valid|val|dev|eval)[-_.]")
+_SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 _WHOLE = ("completions", "completions:all", "llava-rlhf", "sentinel", "opa-dpo")
 """Formats with columns that are not those of TRL."""
 Items = Iterator[tuple[str, Any]]
@@ -160,13 +160,14 @@ def identity(
 def _files_of(path: Path, split: str | None) -> _Files:
     """The data files of a path."""
     if path.is_dir():
+        lines = sorted(path.glob("*.jsonl"))
         tables = _saved(path, split)
-        if not tables:
-            tables = sorted(path.glob("*.parquet")) or sorted((path / "data").glob("*.parquet"))
-            tables = _of_split(path, tables, split)
+        if not tables and (found := sorted(path.glob("*.parquet"))):
+            tables = _of_split(path, found, split)
+        elif not tables and len(lines) != 1 and (found := sorted(path.glob("*/*.parquet"))):
+            tables = _of_split(path, found, split)  # as on the Hub, in `data`
         if tables:
             return _Files(True, tables)
-        lines = sorted(path.glob("*.jsonl"))
         if len(lines) != 1:
             raise ValueError(
                 f"{path} holds {len(lines)} JSON-lines files and no Parquet file. Keep one *.jsonl "
@@ -194,21 +195,26 @@ def _is_parquet(path: Path) -> bool:
 
 
 def _of_split(path: Path, tables: list[Path], split: str | None) -> list[Path]:
-    """The Parquet files of a split, which begin with its name as on the Hub."""
+    """The Parquet files of a split. Their names, or their folder's, begin with its name."""
+
+    def splits_of(file: Path) -> set[str]:
+        begin = re.match(r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*?(?=[-.]|_\d)", file.name)
+        return {begin[0] if begin else "", file.parent.name if file.parent != path else ""}
+
     if split is None:
-        splits = {found[1] for file in tables if (found := _SPLITS.match(file.name))}
-        if len(splits) > 1:
+        names = {name for file in tables for name in splits_of(file) & _SPLITS}
+        if len(names) > 1:
             raise ValueError(
-                f"{path} holds files of the splits {', '.join(sorted(splits))}. Add --split."
+                f"{path} holds files of the splits {', '.join(sorted(names))}. Add --split."
             )
         return tables
     chosen = []
     for name in split.split("+"):
-        files = [file for file in tables if re.match(re.escape(name) + r"[-_.]", file.name)]
+        files = [file for file in tables if name in splits_of(file)]
         if not files:
             raise ValueError(
                 f"{path} has no Parquet file of the split {short_repr(name)}. It has "
-                f"{shorten(', '.join(file.name for file in tables)) or 'none'}."
+                f"{shorten(', '.join(file.name for file in tables))}."
             )
         chosen += files
     return chosen
