@@ -38,7 +38,8 @@ from realign.data.images import ImageError, StoredImage
 from realign.data.messages import split_at_tags, text_part
 
 Message = dict[str, Any]  # "role" and "content"; content is text, or parts of type text and image
-_NESTED = ("question", "prompt", "chosen", "rejected")  # keys of RLHF-V's JSON text
+_NESTED = ("question", "prompt", "chosen", "rejected")
+"""Keys of RLHF-V's JSON text."""
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # starts of PNG, JPEG, GIF, WebP
 _LONGEST_PATH = 4096  # bytes, the limit of Linux
 _LONGEST_TEXT = 1 << 20  # characters; a context of 128,000 tokens has half as many

@@ -1,10 +1,10 @@
-"""Record formats: registry `FORMATS` of preference and instruction data, told apart by their keys.
+"""Record formats: registry `FORMATS` of preference and instruction data, detected by keys.
 
     entries_of({"question": ..., "chosen": ..., "rejected": ..., "image": ...})
 
 An item is a JSON object, a line of JSON, a row of a table, or a row of `RDPOTrainer`. A format is a
-function from an item to entries. To add one, write the function, and add it to `FORMATS` with the
-keys that tell it apart. The function raises `Malformed` for an invalid item, and reads no file.
+function from an item to entries. To add one, write the function, and add it to `FORMATS` with its
+distinctive keys. The function raises `Malformed` for an invalid item, and reads no file.
 """
 
 from __future__ import annotations
@@ -234,6 +234,7 @@ def of_opa(item: Mapping[str, Any]) -> list[Entry]:
 
     Raises:
         Malformed: for an image that is not base64.
+        Skipped: for responses that are the same.
     """
     images = images_of(item, "images", "image", "image_id")
     if not is_empty(encoded := item.get("image_bytes")):
@@ -314,7 +315,7 @@ class Format:
 
     Attributes:
         read: function from an item to its entries.
-        keys: keys that tell the format apart. All of them are needed, and "a|b" is one of two.
+        keys: the distinctive keys. All of them are needed, and "a|b" is one of two.
         also: further keys that it reads or that its data set has.
         pairs: whether its records have a rejected response.
     """
@@ -407,8 +408,8 @@ def entries_of(item: Any, format: str = "auto", default: str = "parquet") -> lis
 
     Args:
         item: a JSON object or a row.
-        format: a key of `FORMATS`, or "auto" for the format that the keys tell.
-        default: the format of an item whose keys tell none.
+        format: a key of `FORMATS`, or "auto" to detect it by the keys.
+        default: the format of an item that is not recognized.
 
     Raises:
         Malformed: for an invalid item, or unknown keys that may change its meaning.

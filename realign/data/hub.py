@@ -51,8 +51,8 @@ def open_name(
 
     Raises:
         FileNotFoundError: for a name that is no data set.
-        ValueError: for a split that is absent or not named, a data set that needs a login or its
-            own code, or when the Hub cannot be reached.
+        ValueError: for a split that is absent, several splits without `split`, or a gated data set.
+            Also for a data set with its own code, or when the Hub cannot be reached.
     """
     datasets, commit = _datasets(), revision(name)
     try:

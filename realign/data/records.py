@@ -126,8 +126,8 @@ def stream_pairs(
         FileNotFoundError: when there is nothing at `source`.
         ValueError: for an empty data set, a missing column, data without rejected responses, or a
             file that decodes to much more than its size.
-        RecordError: after the last record, for a record without a response, with unknown columns
-            that may change its meaning, or with an image outside the folder. Also for data
+        RecordError: after the last record, for a record without a response or with an image
+            outside the folder. Also for unknown columns that may change its meaning, and for data
             without any image.
     """
     opened = open_source(

@@ -57,7 +57,7 @@ class Source:
         items: (place, item) pairs. An item that cannot be decoded is a `Malformed`.
         folder: the folder that image paths are relative to and must be in.
         format: the format for `entries_of`: the given one, or "auto".
-        first: the format of the first item, and of items whose keys tell none.
+        first: the format of the first item, and of items that are not recognized.
     """
 
     items: Items
@@ -68,7 +68,7 @@ class Source:
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of a local source. `rows` tells tables from JSON."""
+    """The files of a local source. `rows` is True for tables, and False for JSON."""
 
     rows: bool
     files: list[Path]
@@ -91,7 +91,7 @@ def open_source(
         image_folder: folder that contains the images and that their paths are relative to. None
             means the folder of the data.
         split: the split of a Hub data set or of a folder with several, or several joined by "+".
-        format: a key of `FORMATS`, or "auto" to tell it by the keys of each item.
+        format: a key of `FORMATS`, or "auto" to detect it by the keys of each item.
         pairs: whether rejected responses are needed.
         more: further columns to read from tables.
 
@@ -283,8 +283,8 @@ def _open_json(found: _Files, folder: DataFolder, format: str, pairs: bool) -> S
         if isinstance(content, dict):
             if not isinstance(content.get("images"), list):
                 raise ValueError(
-                    f"{path} is a JSON object without `images`, so not a COCO file, and no meta "
-                    "file of InternVL, with `root` and `annotation` of each data set."
+                    f"{path} is a JSON object without `images`, so not a COCO file. It is no meta "
+                    "file of InternVL either, since it names no `annotation` of each data set."
                 )
             if format.partition(":")[0] not in ("auto", "coco"):
                 raise ValueError(f"format is {format!r}, but {path} looks like 'coco'.")

@@ -22,7 +22,7 @@ from format_cases import (
     rating,
     write_case,
 )
-from import_cases import assistant, user
+from import_cases import assistant
 
 from realign.data.records import Record, RecordError, read_pairs
 from realign.hf.records import records_of
@@ -323,10 +323,7 @@ def test_json_lines_may_have_the_suffix_json(folder):
 
 
 def test_no_known_format_names_the_keys_and_the_nearest(folder):
-    (folder / "data.json").write_text(json.dumps([{"question": ASK, "good": "A", "picture": "a"}]))
+    (folder / "data.json").write_text(json.dumps([{"question": ASK, "good": "A", "shot": "a"}]))
     for read in (read_pairs, read_any):
-        with pytest.raises(
-            ValueError, match=r"keys \['good', 'picture', 'question'\]. The nearest"
-        ):
+        with pytest.raises(ValueError, match=r"keys \['good', 'question', 'shot'\]. The nearest"):
             read(str(folder / "data.json"))
-    assert user(ASK) == ASKED[0]

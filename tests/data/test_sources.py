@@ -31,7 +31,7 @@ configs:
 ---
 """
 CHECKS = """
-import json, sys
+import json
 from realign.data import hub
 from realign.data.records import read_pairs
 from realign.data.sources import identity
@@ -40,7 +40,7 @@ from realign.pairs.config import PairsConfig
 from realign.pairs.io.importers import import_pairs
 from realign.pairs.stages.read import Read
 
-def tell(call):
+def outcome(call):
     try:
         return call()
     except Exception as error:
@@ -54,22 +54,22 @@ def pipeline():
     return [record.chosen for shard in read.shards(0) for record in shard]
 
 found = {
-    "train": tell(lambda: [row(r) for r in read_pairs("o/pairs", split="train")]),
-    "both": tell(lambda: [r.name for r in read_pairs("o/pairs", split="test+train")]),
-    "import": tell(lambda: import_pairs("o/pairs", None, "out.parquet", split="train")),
-    "pipeline": tell(pipeline),
-    "no split": tell(lambda: read_pairs("o/pairs")),
-    "trainer": tell(lambda: records_of("o/pairs")),
-    "another split": tell(lambda: read_pairs("o/pairs", split="val")),
-    "gated": tell(lambda: read_pairs("o/gated")),
-    "absent": tell(lambda: read_pairs("o/absent")),
+    "train": outcome(lambda: [row(r) for r in read_pairs("o/pairs", split="train")]),
+    "both": outcome(lambda: [r.name for r in read_pairs("o/pairs", split="test+train")]),
+    "import": outcome(lambda: import_pairs("o/pairs", None, "out.parquet", split="train")),
+    "pipeline": outcome(pipeline),
+    "no split": outcome(lambda: read_pairs("o/pairs")),
+    "trainer": outcome(lambda: records_of("o/pairs")),
+    "another split": outcome(lambda: read_pairs("o/pairs", split="val")),
+    "gated": outcome(lambda: read_pairs("o/gated")),
+    "code": outcome(lambda: read_pairs("o/code", split="train")),
+    "absent": outcome(lambda: read_pairs("o/absent")),
     "same": identity("o/pairs", split="train") == identity("o/pairs", split="train"),
     "other": identity("o/pairs", split="train") == identity("o/pairs", split="test"),
     "revision": hub.revision("o/pairs"),
-    "remote code": "datasets_modules" in sys.modules,
 }
 hub.SMALL = 100
-found["row limit"] = tell(lambda: read_pairs("o/pairs", split="train"))
+found["row limit"] = outcome(lambda: read_pairs("o/pairs", split="train"))
 print(json.dumps(found))
 """
 
@@ -102,10 +102,10 @@ def test_names_on_the_hub(folder):
     files = {
         "README.md": README,
         "data/train-00000-of-00001.parquet": table(_rows(2)),
-        "data/test-00000-of-00001.parquet": table(_rows(1, image_path="x.jpg")),
-        "pairs.py": b"open('ran', 'w')",  # code of a data set, which must not run
+        "data/test-00000-of-00001.parquet": table(_rows(1)),
     }
-    with FakeHub(files) as fake:
+    code = files | {"code.py": b"open('ran', 'w')"}
+    with FakeHub({"o/pairs": files, "o/code": code}) as fake:
         run = _python(CHECKS, folder, HF_ENDPOINT=fake.endpoint, HF_HUB_OFFLINE="0")
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
@@ -119,11 +119,12 @@ def test_names_on_the_hub(folder):
         "another split": "ValueError: o/pairs has no split 'val'. It has train, test.",
         "gated": "ValueError: o/gated is gated on the Hub. Accept its terms",
         "absent": "FileNotFoundError: there is nothing at 'o/absent': neither a file",
+        "code": "ValueError: o/code needs its own code, which never runs here",
         "row limit": "ValueError: o/pairs: row 0 of train decodes to",
     }.items():
         assert found[name].startswith(message), (name, found[name])
     assert found["same"] and not found["other"] and found["revision"] == COMMIT
-    assert not found["remote code"] and not (folder / "ran").exists()
+    assert not (folder / "ran").exists()
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):

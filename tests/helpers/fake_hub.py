@@ -1,7 +1,7 @@
 """A local server with the calls of the Hub that `datasets` and `huggingface_hub` make.
 
-It has the public data set `o/pairs` with two splits, and the gated `o/gated`. Every other name is
-unknown, which the Hub answers with 401.
+It has the data sets that it is given, and the gated `o/gated`. Every other name is unknown, which
+the Hub answers with 401.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 COMMIT = "a" * 40
-API, FILES = "/api/datasets/o/pairs", "/datasets/o/pairs/resolve/"
 
 
 def table(rows: list[dict[str, Any]]) -> bytes:
@@ -27,13 +26,13 @@ def table(rows: list[dict[str, Any]]) -> bytes:
 
 
 class FakeHub:
-    """Serves files of one data set on `self.endpoint` until the block ends."""
+    """Serves data sets, each with its files, on `self.endpoint` until the block ends."""
 
-    def __init__(self, files: dict[str, bytes]) -> None:
+    def __init__(self, sets: dict[str, dict[str, bytes]]) -> None:
         class Handler(BaseHTTPRequestHandler):
             def answer(self) -> None:
                 self.rfile.read(int(self.headers.get("content-length") or 0))
-                code, data, headers = respond(files, self.path, self.headers.get("range"))
+                code, data, headers = respond(sets, self.path, self.headers.get("range"))
                 self.send_response(code)
                 for name, value in ({"content-length": str(len(data))} | headers).items():
                     self.send_header(name, value)
@@ -59,30 +58,31 @@ class FakeHub:
 
 
 def respond(
-    files: dict[str, bytes], path: str, range: str | None
+    sets: dict[str, dict[str, bytes]], path: str, range: str | None
 ) -> tuple[int, bytes, dict[str, str]]:
     path = path.partition("?")[0]
     if "/o/gated" in path:
         return 403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}
-    if path.startswith(f"{API}/tree/"):
-        folder = path.removeprefix(f"{API}/tree/").partition("/")[2]
-        return _json([_entry(files, name) for name in _children(files, folder)])
-    if path == API or path.startswith(f"{API}/revision/"):
-        siblings = [{"rfilename": name} for name in files]
+    api, _, asked = path.lstrip("/").partition("datasets/")
+    name, rest = "/".join(asked.split("/")[:2]), "/".join(asked.split("/")[2:])
+    if (files := sets.get(name)) is None:
+        return 401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "not found"}
+    if api and rest.startswith("tree/"):
+        folder = rest.removeprefix("tree/").partition("/")[2]
+        return _json([_entry(files, child) for child in _children(files, folder)])
+    if api:
+        siblings = [{"rfilename": file} for file in files]
         flags = {"private": False, "gated": False, "disabled": False, "tags": []}
-        return _json({"id": "o/pairs", "sha": COMMIT, "siblings": siblings} | flags)
-    name = path.removeprefix(FILES).partition("/")[2]
-    if path.startswith(FILES):
-        if (data := files.get(name)) is None:
-            return 404, b"", {"X-Error-Code": "EntryNotFound"}
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        if range is None:
-            return 200, data, headers
-        start, end = range.removeprefix("bytes=").split("-")
-        last = min(int(end or len(data)), len(data) - 1)
-        headers["content-range"] = f"bytes {start}-{last}/{len(data)}"
-        return 206, data[int(start) : last + 1], headers
-    return 401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "not found"}
+        return _json({"id": name, "sha": COMMIT, "siblings": siblings} | flags)
+    if (data := files.get(rest.removeprefix("resolve/").partition("/")[2])) is None:
+        return 404, b"", {"X-Error-Code": "EntryNotFound"}
+    headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+    if range is None:
+        return 200, data, headers
+    start, end = range.removeprefix("bytes=").split("-")
+    last = min(int(end or len(data)), len(data) - 1)
+    headers["content-range"] = f"bytes {start}-{last}/{len(data)}"
+    return 206, data[int(start) : last + 1], headers
 
 
 def _children(files: dict[str, bytes], folder: str) -> list[str]:

@@ -44,7 +44,7 @@ def read_any(
 
     Args:
         data: a file, a folder, or the name of a data set on the Hub.
-        format: a key of `FORMATS`, or "auto" to tell it by the keys of each record (docs/data.md).
+        format: a key of `FORMATS` (docs/data.md), or "auto" to detect it by each record's keys.
             "llava:all" and "coco:all" make a record of each answer of a dialogue, or of each
             caption of an image.
         images: folder that contains the images and that their paths are relative to. None means
