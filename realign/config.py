@@ -45,6 +45,7 @@ METAVARS = {
     "epochs": "N",
     "image_folder": "FOLDER",
     "workers": "N",
+    "split": "NAME",
     "output": "FOLDER",
     "reference_cache": "FOLDER",
     "wandb": "PROJECT",
@@ -97,7 +98,10 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     pairs: str | None = None
-    """Parquet file or folder of preference pairs. Without it pairs of digits are built."""
+    """File or folder of preference pairs, or the name of a data set on the Hub, as OWNER/NAME.
+    Without it pairs of digits are built."""
+    split: str | None = None
+    """Split of --pairs, if it has several. "a+b" reads two."""
     image_folder: str | None = None
     """Folder that contains the images and that image paths in --pairs are relative to. An image
     outside of it is an error. Without it, the folder of --pairs."""
@@ -114,6 +118,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.pairs is None and self.image_folder is not None:
             _no_effect("image_folder", "pairs of digits hold their images", "add --pairs")
+        if self.pairs is None and self.split is not None:
+            _no_effect("split", "pairs of digits have no splits", "add --pairs")
         _positive("max_response_tokens", self.max_response_tokens)
         _not_negative("workers", self.workers or 0)
         _not_negative("row_tokens", self.row_tokens)

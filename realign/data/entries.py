@@ -16,6 +16,7 @@ import json
 import math
 import numbers
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -24,30 +25,21 @@ from typing import Any
 
 from PIL import Image
 
+from realign.data.columns import (
+    COLUMNS,
+    DIALOGUES,
+    IMAGE_FILES,
+    OTHER_DIALOGUES,
+    UNREAD,
+    is_empty,
+)
 from realign.data.errors import Malformed, short_repr
 from realign.data.images import ImageError, StoredImage
 from realign.data.messages import split_at_tags, text_part
 
 Message = dict[str, Any]  # "role" and "content"; content is text, or parts of type text and image
-_DIALOGUES = ("conversations", "messages")
-_OTHER_DIALOGUES = ("rejected_conversations", "rejected_messages")
-_UNREAD = ("tools", "chat_template_kwargs", "history", "rejected_image", "rejected_images")
-_UNREAD += ("video", "videos", "audio", "audios")
-SOURCES = {  # field of a row -> the columns that can hold it
-    "prompt": ("prompt", "question", *_DIALOGUES, "text", "chosen"),
-    "chosen": ("chosen", *_DIALOGUES, "text"),
-    "rejected": ("rejected", "rejected_response", *_OTHER_DIALOGUES, "text"),
-    "images": ("images", "image"),
-}
-COLUMNS = frozenset(name for names in SOURCES.values() for name in names) | {
-    "id",
-    "system",
-    "retrieved_images",
-    "retrieved_image",
-    "retrieved_chosen",
-    *_UNREAD,
-}
-"""Every column that `entry_of` looks at."""
+_NESTED = ("question", "prompt", "chosen", "rejected")
+"""Keys of RLHF-V's JSON text."""
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # starts of PNG, JPEG, GIF, WebP
 _LONGEST_PATH = 4096  # bytes, the limit of Linux
 _LONGEST_TEXT = 1 << 20  # characters; a context of 128,000 tokens has half as many
@@ -78,14 +70,14 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
     Raises:
         Malformed: for a value of the wrong type, an unsupported key, or contradictory keys.
     """
-    for key in _UNREAD:
-        if not _is_empty(row.get(key)):
+    for key in UNREAD:
+        if not is_empty(row.get(key)):
             raise Malformed(
                 f"its {key} {short_repr(row[key])} would be lost.",
                 "Remove the key, or write the record with the columns of docs/data.md.",
             )
-    has_system = not _is_empty(row.get("system"))
-    if has_system and all(_is_empty(row.get(key)) for key in _DIALOGUES):
+    has_system = not is_empty(row.get("system"))
+    if has_system and all(is_empty(row.get(key)) for key in DIALOGUES):
         # The meaning is ambiguous: TRL ignores the column, and other projects read it.
         raise Malformed(
             f"its system {short_repr(row['system'])} would be lost.",
@@ -106,7 +98,7 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
         prompt,
         chosen,
         rejected,
-        images_of(row, "images", "image"),
+        images_of(row, "images", "image") or images_of(row, *IMAGE_FILES),
         images_of(row, "retrieved_images", "retrieved_image"),
         preferred or "",
     )
@@ -150,7 +142,7 @@ def images_of(row: Mapping[str, Any], *columns: str) -> list[StoredImage]:
     Raises:
         Malformed: for a value that is not an image, or when two columns have images.
     """
-    filled = [name for name in columns if not _is_empty(row.get(name))]
+    filled = [name for name in columns if not is_empty(row.get(name))]
     if len(filled) > 1:
         raise Malformed(f"it has {' and '.join(filled)}.", "Keep one of them.")
     value = row[filled[0]] if filled else []
@@ -197,16 +189,16 @@ def _stored(image: Any, column: str) -> StoredImage:
 
 def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with other projects' keys converted to `prompt`, `chosen` and `rejected`."""
-    row = {key: value for key, value in row.items() if not _is_empty(value)}
+    row = {key: value for key, value in row.items() if not is_empty(value)}
     if isinstance(text := row.get("text"), str) and not {"chosen", "prompt"} & row.keys():
-        row |= _json_object(text)  # RLHF-V: question, chosen and rejected
-    if not _is_empty(question := row.get("question")) and "prompt" not in row:
+        row |= _nested(text)  # RLHF-V: question, chosen and rejected
+    if not is_empty(question := row.get("question")) and "prompt" not in row:
         row["prompt"] = question if isinstance(question, str) else messages_of(question, "question")
-    dialogues = [key for key in _DIALOGUES if key in row]
+    dialogues = [key for key in DIALOGUES if key in row]
     if not dialogues:
         return row
     dialogue = messages_of(row[dialogues[0]], dialogues[0])
-    rejected_keys = [key for key in ("rejected_response", *_OTHER_DIALOGUES) if key in row]
+    rejected_keys = [key for key in ("rejected_response", *OTHER_DIALOGUES) if key in row]
     if "prompt" in row or dialogues[1:] or rejected_keys[1:] or (rejected_keys and "chosen" in row):
         raise Malformed(
             f"it has {', '.join(k for k in (*dialogues, *rejected_keys, 'prompt') if k in row)}.",
@@ -223,17 +215,34 @@ def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
     return row | {"chosen": dialogue, "rejected": rejected}
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _nested(text: str) -> dict[str, Any]:
+    """The JSON object in a text. It may have only the keys of a prompt and its responses."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=json_object)
     except (ValueError, RecursionError):
         value = None
+    if isinstance(value, Malformed):
+        raise value
     if not isinstance(value, dict):
         raise Malformed(
             f"its text {short_repr(text)} is not a JSON object.",
             "Give prompt, chosen and rejected.",
         )
+    if unknown := [key for key in value if key not in _NESTED and not is_empty(value[key])]:
+        raise Malformed(
+            f"its text has the unknown keys {short_repr(unknown)}.",
+            f"Give {', '.join(_NESTED)}.",
+        )
     return value
+
+
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Malformed:
+    """A JSON object, or a `Malformed` if a key is repeated, because Python keeps only one."""
+    content = dict(pairs)
+    if len(content) == len(pairs):
+        return content
+    repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
+    return Malformed(f"it has the key {short_repr(repeated)} twice.", "Keep one of them.")
 
 
 def dialogue_of(
@@ -255,12 +264,12 @@ def dialogue_of(
     opening: list[Message] = []
     if isinstance(prompt, str) and prompt:
         opening = [{"role": "user", "content": _readable(prompt, "prompt")}]
-    elif not _is_empty(prompt):
+    elif not is_empty(prompt):
         opening = messages_of(prompt, "prompt")
     texts: dict[str, str | None] = dict.fromkeys(responses)
     turns_of: dict[str, list[Message]] = {}  # response -> messages between the prompt and its text
     for name, value in responses.items():
-        if not _is_empty(value):
+        if not is_empty(value):
             texts[name], before = _response(value, name)
             opening, turns_of[name] = _without_prompt(opening, before)
     (first, shared), *further = turns_of.items() or [("", [])]
@@ -467,16 +476,11 @@ def _asks_the_same(one: Message, other: Message) -> bool:
     return 0 in (_image_count(one), _image_count(other)) or _parts(one) == _parts(other)
 
 
-def _is_empty(value: Any) -> bool:
-    """Whether a value is empty. Arrow fills absent keys with null, and some writers with ""."""
-    return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
-
-
 def _either(item: Mapping[str, Any], *names: str) -> Any:
     return next((item[name] for name in names if item.get(name) is not None), None)
 
 
 def _foreign(item: Mapping[str, Any], allowed: Sequence[str]) -> str:
     """Non-empty keys that are not allowed, listed for an error message."""
-    keys = [key for key, value in item.items() if key not in allowed and not _is_empty(value)]
+    keys = [key for key, value in item.items() if key not in allowed and not is_empty(value)]
     return ", ".join(map(short_repr, keys))

@@ -47,6 +47,10 @@ class Malformed(ValueError):
         return RecordError(record, self.problem, self.remedy)
 
 
+class Skipped(Malformed):
+    """A valid row that gives no record, such as a row without an image. Readers count it."""
+
+
 class _Shortened(reprlib.Repr):
     def repr_bytes(self, value: bytes, level: int) -> str:
         return f"{len(value)} bytes"

@@ -17,9 +17,10 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -56,6 +57,8 @@ _SCHEMA = pa.schema(
     }
 )
 _OF_FILES = ("offset", "path", "size", "changed")
+_SKIPPED = "skipped"
+"""Key of the metadata of the last batch: `RecordTable.skipped`."""
 _BATCH = 256
 """Records whose embedded images are in memory at once."""
 _GROUP = 4096
@@ -104,15 +107,31 @@ class RecordTable(Sequence[Row]):
     """Preference records on disk.
 
     Args:
-        table: the rows.
+        stream: the Arrow file.
         blob: open file of the embedded images.
         digest: name of the table, which changes with every conversion; "" for records of a program.
         folder: folder for files that depend on this table; None for records of a program.
+
+    Attributes:
+        skipped: number of rows of the source that gave no record, by reason.
     """
 
-    def __init__(self, table: pa.Table, blob: BinaryIO, digest: str, folder: Path | None) -> None:
-        self._table, self._blob = table, blob
+    def __init__(
+        self, stream: pa.NativeFile | BinaryIO, blob: BinaryIO, digest: str, folder: Path | None
+    ) -> None:
+        self._blob = blob
         self.digest, self.folder = digest, folder
+        self.skipped: dict[str, int] = {}
+        batches = []
+        with pa.ipc.open_stream(stream) as reader:
+            if reader.schema != _SCHEMA:
+                raise pa.ArrowInvalid("the schema differs")
+            with suppress(StopIteration):
+                while True:
+                    batch, metadata = reader.read_next_batch_with_custom_metadata()
+                    batches.append(batch)
+                    self.skipped |= json.loads((metadata or {}).get(_SKIPPED.encode(), b"{}"))
+        self._table = pa.Table.from_batches(batches, _SCHEMA)
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -213,11 +232,12 @@ def open_table(
     name = _hex(f"{_VERSION} {content}")
     table = _opened(folder, name, content)
     if table is None:
-        records = progress(stream_pairs(source, image_folder, split=split))
+        skipped: Counter[str] = Counter()
+        records = progress(stream_pairs(source, image_folder, split=split, skipped=skipped))
         try:
             folder.mkdir(0o700, parents=True, exist_ok=True)  # others could plant links in it
             _check_own(folder)
-            _convert(records, folder, name)
+            _convert(records, folder, name, skipped)
         except OSError as error:
             if isinstance(error, FileNotFoundError):
                 raise
@@ -247,11 +267,10 @@ def table_of(
     with ExitStack() as stack:
         arrow = stack.enter_context(tempfile.TemporaryFile())
         blob = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the table
-        _write(records, arrow, blob, on_bad)
+        _write(records, arrow, blob, on_bad, {})
         blob.flush()
         arrow.seek(0)
-        with pa.ipc.open_stream(arrow) as stream:
-            return RecordTable(stream.read_all(), blob, "", None)
+        return RecordTable(arrow, blob, "", None)
 
 
 def _opened(folder: Path, name: str, content: str) -> RecordTable | None:
@@ -262,23 +281,21 @@ def _opened(folder: Path, name: str, content: str) -> RecordTable | None:
                 return None
             digest = _hex(content + str(os.fstat(file.fileno()).st_mtime_ns))
         blob = open_regular(folder / f"{name}.images")
-        with pa.ipc.open_stream(pa.memory_map(str(folder / f"{name}.arrow"))) as stream:
-            rows = stream.read_all()
+        if os.fstat(blob.fileno()).st_uid != os.getuid():
+            return None
+        table = RecordTable(pa.memory_map(str(folder / f"{name}.arrow")), blob, digest, folder)
     except (FileNotFoundError, pa.ArrowException):
         return None
-    if rows.schema != _SCHEMA or os.fstat(blob.fileno()).st_uid != os.getuid():
-        return None
-    table = RecordTable(rows, blob, digest, folder)
     return None if table.files_changed() else table
 
 
-def _convert(records: Iterable[Record], folder: Path, name: str) -> None:
+def _convert(records: Iterable[Record], folder: Path, name: str, skipped: Counter[str]) -> None:
     # The Arrow file replaces its predecessor last, since it names places in the other file.
     with (
         replacing(folder / f"{name}.arrow") as arrow,
         replacing(folder / f"{name}.images") as blob,
     ):
-        _write(records, arrow, blob, None)
+        _write(records, arrow, blob, None, skipped)
 
 
 def _check_own(folder: Path) -> None:
@@ -310,6 +327,7 @@ def _write(
     arrow: BinaryIO,
     blob: BinaryIO,
     on_bad: Callable[[Record, RecordError], None] | None,
+    skipped: Mapping[str, int],
 ) -> None:
     """Write the rows and embedded images of records.
 
@@ -324,8 +342,8 @@ def _write(
         pa.ipc.new_stream(arrow, _SCHEMA) as writer,
     ):
 
-        def flush() -> None:
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+        def flush(metadata: dict[str, str] | None = None) -> None:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA), metadata)
             rows.clear()
 
         while batch := list(islice(remaining, _BATCH)):
@@ -353,8 +371,7 @@ def _write(
                 if len(rows) == _GROUP:
                     flush()
         errors.check()
-        if rows:
-            flush()
+        flush({_SKIPPED: json.dumps(skipped)})
 
 
 def _key(stored: StoredImage) -> bytes | str:

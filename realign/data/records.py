@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,12 +24,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realign.data.entries import Names, entry_of, name_of
-from realign.data.errors import Malformed, RecordErrors, short_repr
+from realign.data.entries import Entry, Names, name_of
+from realign.data.errors import Malformed, RecordErrors, Skipped, short_repr
 from realign.data.errors import RecordError as RecordError
+from realign.data.formats import entries_of
 from realign.data.images import DataFolder, ImageError, StoredImage
-from realign.data.tables import rows_of
+from realign.data.sources import open_source
 from realign.files import replacing
+from realign.terminal import show
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _PARTS = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
@@ -78,54 +81,70 @@ class Record:
 
 IMAGE_FOLDER = "--image-folder FOLDER, or image_folder of `read_pairs`"
 """The settings that name the folder of the images, for errors."""
-_IMPORT = "Convert its pairs with `python -m realign.pairs import {} --output pairs.parquet`."
-_CONVERSIONS = {
-    ".json": _IMPORT,
-    ".jsonl": _IMPORT,
-    ".csv": "Write JSON lines, and convert them with `python -m realign.pairs import`.",
-}
 
 
-def read_pairs(path: str | Path, image_folder: str | Path | None = None) -> list[Record]:
-    """Read the preference records of a Parquet file, or of every Parquet file in a folder.
-
-    Args:
-        path: a `.parquet` file, or a folder of them that is read in the order of file names.
-        image_folder: folder that contains the images and that relative image paths start at. None
-            means the folder of the file. Files of strangers may name any image of this machine.
+def read_pairs(
+    path: str | Path,
+    image_folder: str | Path | None = None,
+    *,
+    split: str | None = None,
+    format: str = "auto",
+) -> list[Record]:
+    """Read the preference records of a file, a folder or a Hub data set. See `stream_pairs`.
 
     Returns:
         The records, in file order. Their images are not decoded.
 
     Raises:
-        FileNotFoundError: when `path` does not exist.
-        ValueError: for an empty data set, a missing column, or a file that decodes to much more
-            than its size.
-        RecordError: for a record without a response or an image, or with an image outside the
-            folder.
+        FileNotFoundError: like `stream_pairs`.
+        ValueError: like `stream_pairs`.
+        RecordError: like `stream_pairs`.
     """
-    path = Path(path)
-    if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"there is nothing at {short_repr(str(path))}. Pass an existing Parquet file, or a "
-            "folder of them. `python -m realign.pairs` writes preference pairs."
-        )
-    if path.is_file() and (remedy := _CONVERSIONS.get(path.suffix)):
-        raise ValueError(f"{path} is not a Parquet file. {remedy.format(path)}")
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    folder = DataFolder.of_images(path, image_folder)
-    needed = ("prompt", "chosen", "rejected", "images")
-    records = records_in(rows_of(files, needed, tuple(PROVENANCE)), folder)
-    if not records:
+    return list(stream_pairs(path, image_folder, split=split, format=format))
+
+
+def stream_pairs(
+    source: str | Path,
+    image_folder: str | Path | None = None,
+    *,
+    split: str | None = None,
+    format: str = "auto",
+    skipped: Counter[str] | None = None,
+) -> Iterator[Record]:
+    """Yields the preference records of a source one by one. Only the current ones are in memory.
+
+    Args:
+        source: a file, a folder that is read in the order of file names, or the name of a data set
+            on the Hub. docs/data.md lists the formats.
+        image_folder: folder that contains the images and that relative image paths start at. None
+            means the folder of the file. Files of strangers may name any image of this machine.
+        split: see `open_source`.
+        format: a key of `FORMATS`, or "auto".
+        skipped: counts valid rows that give no record, by reason. None prints the counts.
+
+    Raises:
+        FileNotFoundError: when there is nothing at `source`.
+        ValueError: for an empty data set, a missing column, data without rejected responses, or a
+            file that decodes to much more than its size.
+        RecordError: after the last record, for a record without a response or with an image
+            outside the folder. Also for unknown columns that may change its meaning, and for data
+            without any image.
+    """
+    opened = open_source(
+        source, image_folder, split=split, format=format, pairs=True, more=tuple(PROVENANCE)
+    )
+    count = 0
+    for record in iterate_records(
+        opened.items, opened.folder, opened.format, skipped, default=opened.first
+    ):
+        count += 1
+        yield record
+    if not count:
         raise ValueError(
-            f"{path} holds no records. Pass a Parquet file with records, or a folder of such files."
-            " If `python -m realign.pairs` wrote the file, check the counts of dropped records."
+            f"{source} holds no records. Pass a Parquet file with records, or a folder of such "
+            "files. If `python -m realign.pairs` wrote the file, check the counts of dropped "
+            "records."
         )
-    return records
-
-
-def stream_pairs(source, image_folder=None, *, split=None, format="auto", skipped=None):
-    yield from read_pairs(source, image_folder)
 
 
 def write_pairs(
@@ -194,45 +213,85 @@ def _to_row(record: Record, typed: bool) -> dict[str, Any]:
 def records_in(
     rows: Iterable[tuple[str, Mapping[str, Any] | Malformed]], folder: DataFolder | None = None
 ) -> list[Record]:
-    """Records of rows. A row without an id is named by its place, and names are made unique.
-
-    Args:
-        rows: (place, row) pairs.
-        folder: the folder of the images. None, for rows of the user's own program, accepts any
-            path, and relative paths start at the current directory.
+    """Records of rows as a list. See `iterate_records`.
 
     Raises:
-        RecordError: for the first invalid row. The message also counts the later ones.
+        RecordError: like `iterate_records`.
+    """
+    return list(iterate_records(rows, folder))
+
+
+def iterate_records(
+    items: Iterable[tuple[str, Any]],
+    folder: DataFolder | None = None,
+    format: str = "auto",
+    skipped: Counter[str] | None = None,
+    *,
+    default: str = "parquet",
+) -> Iterator[Record]:
+    """Yields the records of items. One without an id is named by its place. Names are made unique.
+
+    Args:
+        items: (place, item) pairs.
+        folder: the folder of the images. None, for rows of the user's own program, accepts any
+            path, and relative paths start at the current directory.
+        format: a key of `FORMATS`, or "auto".
+        skipped: counts valid items that give no record, by reason. None prints the counts.
+        default: see `entries_of`.
+
+    Raises:
+        RecordError: after the last item, for the first invalid one. The message also counts the
+            later ones. Also if all items were skipped.
     """
     names = Names()
-    records: list[Record] = []
     errors = RecordErrors()
-    for place, row in rows:
+    counts: Counter[str] = Counter()
+    first, count = None, 0
+    for place, item in items:
         name = place
         try:
-            if isinstance(row, Malformed):
-                raise row
-            if not isinstance(row, Mapping):
+            if isinstance(item, Malformed):
+                raise item
+            if not isinstance(item, Mapping):
                 raise Malformed(
-                    f"it is {short_repr(row)}, not a dictionary.", "Give columns and values."
+                    f"it is {short_repr(item)}, not a dictionary.", "Give columns and values."
                 )
-            name = names.unique(name_of(row) or place)
-            records.append(_record(name, row, folder))
+            name = name_of(item) or place
+            entries = entries_of(item, format, default)
+        except Skipped as reason:
+            first = first or reason.of(name)
+            counts[reason.reason] += 1
+            continue
         except Malformed as error:
-            errors.add(error.of(name))
+            errors.add(error.of(names.unique(name) if name != place else name))
+            continue
+        for number, entry in enumerate(entries, 1):
+            numbered = f"{place}#{number}" if len(entries) > 1 else place
+            name = names.unique(entry.name or numbered)
+            try:
+                record = _record(name, entry, item, folder)
+            except Malformed as error:
+                errors.add(error.of(name))
+                continue
+            count += 1
+            yield record
     errors.check()
-    return records
+    if first is not None and not count:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in counts.items())
+        raise RecordError(first.record, f"no record is left ({reasons}).", str(first))
+    if skipped is not None:
+        skipped.update(counts)
+    elif counts and os.environ.get("RANK", "0") == "0":
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()))
+        show(f"skipped {counts.total()} of {count + counts.total()} records: {reasons}")
 
 
-def _record(name: str, row: Mapping[str, Any], folder: DataFolder | None) -> Record:
-    entry = entry_of(row)
+def _record(name: str, entry: Entry, row: Mapping[str, Any], folder: DataFolder | None) -> Record:
     chosen, rejected, preferred = entry.chosen or "", entry.rejected or "", entry.retrieved_chosen
     responses = {"chosen": chosen, "rejected": rejected}
     responses |= {"retrieved_chosen": preferred} if preferred else {}
     if blank := [column for column, text in responses.items() if not text.strip()]:
         raise Malformed(f"its {blank[0]} response is empty.", "Write one or remove the record.")
-    if not entry.images:
-        raise Malformed("it has no image.", "Add one to `images` or remove the record.")
     return Record(
         name,
         tuple(entry.prompt),

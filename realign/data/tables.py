@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from realign.data.entries import COLUMNS, SOURCES
+from realign.data.columns import COLUMNS, SOURCES, may_change, names_image
 from realign.data.errors import Malformed, shorten
 from realign.data.pages import pages_of
 from realign.files import open_regular
@@ -59,23 +60,46 @@ def rows_of(
     most = used = 0
     for file in files:
         place = 0
-        try:
+        with _readable(file):
             with open_regular(file) as opened:  # Arrow would wait for a pipe
                 most += opened.seek(0, 2) * MAX_RATIO
             for batch in _batches(file, needed, {*COLUMNS, *more}, max(most, SMALL)):
-                for piece, size in _pieces(batch):
+                for piece, size in pieces(batch):
                     used += size
                     if used > max(most, SMALL):
                         raise _too_large(file)
                     for row in python_rows(piece):
                         yield f"{file.name}:{place}", row
                         place += 1
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{file} is not a readable {_kind(file)} file ({shorten(str(error))}). Pass "
-                "Parquet files, as `python -m realign.pairs` writes them, or a folder that "
-                "`datasets` saved with save_to_disk."
-            ) from error
+
+
+def columns_of(file: Path) -> list[str]:
+    """The names of a file's columns, except those of type null.
+
+    Raises:
+        ValueError: for a file that cannot be read.
+    """
+    with _readable(file):
+        with open_regular(file):
+            pass
+        if _kind(file) == "Arrow":
+            with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+                schema = stream.schema
+        else:
+            schema = pq.read_schema(file)
+    return [field.name for field in schema if not pa.types.is_null(field.type)]
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{file} is not a readable {_kind(file)} file ({shorten(str(error))}). Pass "
+            "Parquet files, as `python -m realign.pairs` writes them, or a folder that "
+            "`datasets` saved with save_to_disk."
+        ) from error
 
 
 def python_rows(batch: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any] | Malformed]:
@@ -129,15 +153,15 @@ def _lengths(array: pa.Array) -> pa.Array:
     return pa.nulls(len(array), pa.int64())
 
 
-def _pieces(batch: pa.RecordBatch) -> Iterator[tuple[pa.RecordBatch, int]]:
+def pieces(batch: pa.RecordBatch) -> Iterator[tuple[pa.RecordBatch, int]]:
     """Slices of a batch with their weights: at most `_BATCH_BYTES`, or a single row."""
     size = sum(map(weight, batch.columns))
     if size <= _BATCH_BYTES or batch.num_rows == 1:
         yield batch, size
         return
     half = batch.num_rows // 2
-    yield from _pieces(batch.slice(0, half))
-    yield from _pieces(batch.slice(half))
+    yield from pieces(batch.slice(0, half))
+    yield from pieces(batch.slice(half))
 
 
 def _too_large(file: Path) -> ValueError:
@@ -168,7 +192,8 @@ def _batches(
     with pq.ParquetFile(file) as parquet:
         columns = _columns(parquet.schema_arrow.names, file, needed, readable)
         sizes, repeating = _decoded_sizes(parquet.metadata, columns, most, file)
-    with pq.ParquetFile(file, read_dictionary=repeating) as parquet:
+    # With pre_buffer, Arrow keeps every column chunk that it has read: the whole file.
+    with pq.ParquetFile(file, read_dictionary=repeating, pre_buffer=False) as parquet:
         for group, size in enumerate(sizes):
             rows = max(1, parquet.metadata.row_group(group).num_rows)
             count = max(1, min(_BATCH, _BATCH_BYTES * rows // max(1, size)))
@@ -252,12 +277,15 @@ def _is_compressed(message: bytes) -> bool:
 
 def _columns(names: list[str], file: Path, needed: Sequence[str], readable: set[str]) -> list[str]:
     if missing := [column for column in needed if not set(SOURCES[column]) & set(names)]:
+        remedy = f" `python -m realign.pairs --data {file}` makes rejected responses."
         raise ValueError(
             f"{file} lacks the column(s) {', '.join(missing)}. The format is TRL's vision "
             "preference format (prompt, chosen, rejected, images), with retrieved_images for "
             f"objectives with a visual term. The file has {shorten(', '.join(names))}."
+            + remedy
+            * (missing == ["rejected"])
         )
-    columns = [name for name in names if name in readable]
+    columns = [n for n in names if n in readable or may_change(n) or names_image(n)]
     if duplicates := sorted({name for name in columns if columns.count(name) > 1}):
         raise ValueError(f"{file} has {duplicates[0]!r} as two columns. Keep one of them.")
     return columns

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from realign.data.record_table import RecordTable, open_table, table_of
 from realign.distributed import first_on_machine
 from realign.files import read_json
-from realign.hf.records import Records, records_of
+from realign.hf.records import Records, records_of, stream_rows
 from realign.modeling.forest import Example
 from realign.modeling.loading import adapter_base, from_pretrained
 from realign.modeling.model import ForestModel
@@ -81,6 +81,9 @@ def record_table(rows: Records) -> RecordTable:
     """
     if isinstance(rows, str | Path):
         return first_on_machine(lambda: open_table(rows))
+    is_data_set = hasattr(rows, "with_format") and hasattr(rows, "__len__")
+    if is_data_set and len(rows) and rows.format["type"] != "custom":
+        return table_of(stream_rows(rows))
     return table_of(records_of(rows))
 
 

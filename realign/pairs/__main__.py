@@ -47,6 +47,7 @@ _METAVARS = {
     "output": "FILE",
     "data": "PATH",
     "image_folder": "FOLDER",
+    "split": "NAME",
     "embed_model": "MODEL",
     "dtype": tuple(DTYPES),
     "answer": "ENGINE",

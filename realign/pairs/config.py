@@ -37,11 +37,13 @@ class PairsConfig:
     output: str = "runs/pairs.parquet"
     """Parquet file to write. Invalid records are listed in rejected_records.parquet in --work."""
     data: str | None = None
-    """File or folder of records with images, prompts and responses. Without it, scenes of the
-    shipped digits are drawn."""
+    """File or folder of records with images, prompts and responses, or the name of a data set on
+    the Hub, as OWNER/NAME. Without it, scenes of the shipped digits are drawn."""
+    split: str | None = None
+    """Split of --data, if it has several. "a+b" reads two."""
     format: str = "auto"
-    """Format of --data: parquet, realign, llava, coco or folder. auto detects it. llava:all and
-    coco:all use every answer or caption, not only the first."""
+    """Format of --data, such as parquet, llava, coco or folder (docs/data.md). auto detects it.
+    llava:all and coco:all use every answer or caption, not only the first."""
     image_folder: str | None = None
     """Folder that contains the images and that image paths in --data are relative to. Without it,
     the folder of --data."""
@@ -199,7 +201,7 @@ class PairsConfig:
             raise ValueError("--model is given without --data. Pass --data with your records.")
         if self.data is not None and self.scenes != 1024:
             raise ValueError("--scenes would have no effect with --data: no scenes are drawn.")
-        for name in ("format", "image_folder", "answer"):
+        for name in ("split", "format", "image_folder", "answer"):
             if self.data is None and getattr(self, name) != type(self).__dict__[name]:
                 raise ValueError(
                     f"--{name.replace('_', '-')} would have no effect: the digit scenes have "

@@ -86,6 +86,9 @@ def load_inputs(
     table = distributed.first_on_machine(
         lambda: open_table(pairs, image_folder, split=split, progress=convert)
     )
+    if table.skipped:
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in table.skipped.items())
+        distributed.log_rank0(f"skipped records of {pairs}: {skipped}")
     objective = make_objective(loss, table)
     vlm = load_model(base, weights_dtype, attention, meta=meta)
     model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
@@ -119,6 +122,7 @@ def training_inputs(
         max_response_tokens=config.data.max_response_tokens,
         progress=progress,
         image_folder=config.data.image_folder,
+        split=config.data.split,
         workers=distributed.default_workers(config.data.workers),
     )
 

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from stress_images import encode
 
-from realign.data import images
-from realign.data.entries import entry_of
+from realign.data import images, sources
+from realign.data.entries import entry_of, json_object
 from realign.data.errors import Malformed
 from realign.data.images import StoredImage
 from realign.data.records import RecordError, read_pairs, write_pairs
@@ -28,7 +28,7 @@ from realign.evaluate.files import read_captions, read_instances, read_rows, rea
 from realign.files import open_lock
 from realign.hf.records import records_of
 from realign.pairs.gallery import write_gallery
-from realign.pairs.io import formats, importers
+from realign.pairs.io import importers
 from realign.pairs.io.importers import read_any
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.shards import footer, parquet_file, read_array, read_table
@@ -356,10 +356,10 @@ def test_long_texts_are_refused():
 
 
 def test_a_long_line_of_json_is_invalid_and_the_next_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MOST_JSON", 100)
+    monkeypatch.setattr(sources, "MOST_JSON", 100)
     lines = ["[1]", '"' + "x" * 350 + '"', "[2]", "[" * 99, '"' + "y" * 98]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    first, long, second, *_ = formats.json_lines(tmp_path / "a.jsonl")
+    first, long, second, *_ = sources.json_lines(tmp_path / "a.jsonl")
     assert (first, second) == ([1], [2]) and long.reason == "too long"
 
 
@@ -367,7 +367,7 @@ def test_the_time_for_repeated_keys_is_linear():
     def seconds(count):
         pairs = [(str(i), 0) for i in range(count)] + [("k", 1), ("k", 2)]
         began = time.perf_counter()
-        assert "'k' twice" in formats.json_object(pairs).problem
+        assert "'k' twice" in json_object(pairs).problem
         return time.perf_counter() - began
 
     seconds(1000)
@@ -393,7 +393,7 @@ def test_an_import_of_invalid_records_ends(tmp_path, monkeypatch):
 
 def test_a_large_json_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("[" + "1," * 100 + "1]")
-    monkeypatch.setattr(importers, "_MOST_JSON", 100)
+    monkeypatch.setattr(sources, "_MOST_JSON", 100)
     with pytest.raises(ValueError, match="larger than 100 bytes"):
         read_any(str(tmp_path / "a.json"))
 

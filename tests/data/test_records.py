@@ -172,8 +172,6 @@ def test_a_record_without_id_is_named_by_its_place(tmp_path):
         ("chosen", "", "its chosen response is empty. Write one"),
         ("chosen", [], "its chosen response is empty"),
         ("rejected", [{"role": "assistant", "content": " \n"}], "its rejected response is empty"),
-        ("images", [], "it has no image. Add one to `images` or remove the record"),
-        ("images", None, "it has no image"),
         ("prompt", "", "it has no prompt"),
         ("prompt", [], "it has no prompt. Add one"),
     ],
@@ -189,7 +187,7 @@ def test_an_empty_value_is_named_with_its_remedy(tmp_path, column, value, messag
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing at .*none.*realign.pairs"):
         read_pairs(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no records. Pass a Parquet file"):
+    with pytest.raises(ValueError, match="holds 0 JSON-lines files and no Parquet file"):
         read_pairs(tmp_path)
     write_pairs(tmp_path / "empty.parquet", [])
     with pytest.raises(ValueError, match="empty.parquet holds no records"):

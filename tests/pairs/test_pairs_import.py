@@ -162,7 +162,11 @@ def test_a_folder_saved_by_datasets(tmp_path, split):
     saved = datasets.Dataset.from_list(rows, features=features).select([0, 3, 4])
     whole = datasets.DatasetDict({"train": saved, "test": saved.select([1])}) if split else saved
     whole.save_to_disk(str(tmp_path / "set"), **({} if split else {"num_shards": 2}))
-    records, bad = read_all(str(tmp_path / "set"))
+    if split:
+        with pytest.raises(ValueError, match="has the splits train, test. Add --split"):
+            read_all(str(tmp_path / "set"))
+    options = {"split": "train+test"} if split else {}
+    records, bad = read_all(str(tmp_path / "set"), **options)
     greys = [np.asarray(r.images[0].open("r"))[0, 0, 0] for r in records.values()]
     assert greys == [0, 3, 4] and len(records) == 3
     assert list(bad.values()) == (["duplicate"] if split else [])

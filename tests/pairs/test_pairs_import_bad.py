@@ -13,7 +13,7 @@ from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, text, user, 
 from PIL import Image
 
 from realign.data.errors import Malformed
-from realign.pairs.io.formats import FORMATS
+from realign.data.formats import FORMATS
 from realign.pairs.io.importers import read_any
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.texts import placed, problem_of
@@ -129,7 +129,7 @@ JSON = st.recursive(
 def test_any_json_is_a_record_or_malformed(item):
     for name in FORMATS.keys() - {"coco", "coco:all"}:
         try:
-            entries = FORMATS[name](item)
+            entries = FORMATS[name].read(item)
         except Malformed as error:
             assert str(error)
             continue

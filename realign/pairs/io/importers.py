@@ -16,69 +16,62 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import Entry, Names, name_of
-from realign.data.errors import Malformed, short_error, short_repr, shorten
+from realign.data.errors import Malformed, Skipped, short_repr
+from realign.data.formats import entries_of
 from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.data.messages import texts_of
 from realign.data.records import Record, has_parts, write_pairs
-from realign.data.tables import rows_of
-from realign.files import check_file, read_json, read_limited
-from realign.pairs.io.formats import FORMATS, coco_items, format_of, json_lines, json_object
+from realign.data.sources import Source, open_source
+from realign.files import check_file
 from realign.pairs.io.images import ImagePaths, plain_image
-from realign.pairs.io.rows import InvalidRecord
+from realign.pairs.io.rows import FilteredRecord, InvalidRecord
 from realign.pairs.io.shards import LEFT_OUT, write_table
 from realign.pairs.io.texts import placed, printable, problem_of
 from realign.terminal import show
 
-_NEEDED = ("prompt", "images")
-"""Columns that a table must have. The pipeline can write missing responses."""
-_MOST_JSON = 2 << 30
-"""Limit on a JSON file, in bytes: twice LLaVA's llava_v1_5_mix665k.json. JSON lines have none."""
 _MOST_INVALID = 1_000_000
-Items = Iterator[tuple[str, Any]]
-"""Objects of a file, each with its place."""
 
 
 def read_any(
-    data: str, *, format: str = "auto", images: str | None = None
+    data: str, *, format: str = "auto", images: str | None = None, split: str | None = None
 ) -> Iterator[Record | InvalidRecord]:
     """Read records in any format of `FORMATS`.
 
     Args:
-        data: a file or folder.
-        format: a key of `FORMATS`, or "auto" to detect it. "parquet" is Parquet files with TRL's
-            vision preference columns, or a folder that `datasets` saved. "realign" is the JSON of
-            Re-Align's authors. "llava" is LLaVA's instruction JSON. "coco" is COCO's captions JSON.
-            "folder" is a folder of images with one JSON-lines file. "llava:all" and "coco:all" make
-            a record of each answer of a dialogue, or of each caption of an image.
+        data: a file, a folder, or the name of a data set on the Hub.
+        format: a key of `FORMATS` (docs/data.md), or "auto" to detect it by each record's keys.
+            "llava:all" and "coco:all" make a record of each answer of a dialogue, or of each
+            caption of an image.
         images: folder that contains the images and that their paths are relative to. None means
             the folder of the data.
+        split: see `open_source`.
 
     Returns:
         For each record, a `Record` or an `InvalidRecord` with the reason. Missing `chosen` and
         `rejected` responses are empty. Image files are checked for existence but not decoded.
-        Names are made unique. A record that repeats another is invalid.
+        Names are made unique. A record that repeats another is invalid. A record without an image
+        or with equal ratings is a `FilteredRecord`.
 
     Raises:
         FileNotFoundError: when `data` does not exist.
         ValueError: for an unknown format, or a file that cannot be read.
     """
-    if format not in ("auto", *FORMATS):
-        raise ValueError(f"format is {format!r}; use one of auto, {', '.join(FORMATS)}.")
-    path = Path(data)
-    if not path.exists():
-        raise FileNotFoundError(f"there is nothing at {data}. Pass an existing file or folder.")
-    format, items = _open(path, format)
-    return _read(items, format, DataFolder.of_images(path, images))
+    source = open_source(data, images, split=split, format=format)
+    return _read(source)
 
 
 def import_pairs(
-    data: str, images: str | None, output: str, *, format: str = "auto"
+    data: str,
+    images: str | None,
+    output: str,
+    *,
+    format: str = "auto",
+    split: str | None = None,
 ) -> dict[str, int]:
     """Write the pairs of an existing data set, and decode each of their images once.
 
@@ -91,6 +84,7 @@ def import_pairs(
         images: see `read_any`.
         output: Parquet file to write.
         format: see `read_any`.
+        split: see `read_any`.
 
     Returns:
         "pairs" -> number of pairs written, and reason -> number of invalid records.
@@ -98,11 +92,11 @@ def import_pairs(
     Raises:
         ValueError: when no pair is left, or when `read_any` raises it.
     """
-    return _import_pairs(data, images, output, format)[0]
+    return _import_pairs(data, images, output, format, split)[0]
 
 
 def _import_pairs(
-    data: str, images: str | None, output: str, format: str
+    data: str, images: str | None, output: str, format: str, split: str | None
 ) -> tuple[dict[str, int], str]:
     """The numbers of `import_pairs`, and the note of `ImagePaths`."""
     rejected = Path(output).with_suffix(".work") / "rejected_records.parquet"
@@ -110,9 +104,10 @@ def _import_pairs(
     check_file("--output", rejected)
     invalid: list[InvalidRecord] = []
     cached_plain = functools.cache(_plain)
+    options = {"format": format, "images": images, "split": split}
 
     def pairs() -> Iterator[Record]:
-        for entry in read_any(data, format=format, images=images):
+        for entry in read_any(data, **options):
             result = _complete(entry, cached_plain) if isinstance(entry, Record) else entry
             if isinstance(result, Record):
                 yield result
@@ -126,7 +121,7 @@ def _import_pairs(
                 )
 
     typed = preferred = False
-    for entry in read_any(data, format=format, images=images):  # nothing is decoded
+    for entry in read_any(data, **options):  # nothing is decoded
         if isinstance(entry, Record):
             typed = typed or has_parts(entry.prompt)
             preferred = preferred or bool(entry.retrieved_chosen)
@@ -168,108 +163,22 @@ def _complete(
     return replace(record, images=tuple(images[:count]), retrieved_images=tuple(images[count:]))
 
 
-def _open(path: Path, format: str) -> tuple[str, Items]:
-    """The format of a file or folder, and its items."""
-    if path.is_dir():
-        if files := _saved(path) or sorted(path.glob("*.parquet")):
-            return _agree(format, "parquet", path), rows_of(files, _NEEDED)
-        lines = sorted(path.glob("*.jsonl"))
-        if len(lines) != 1:
-            raise ValueError(
-                f"{path} holds {len(lines)} JSON-lines files and no Parquet file. Keep one *.jsonl "
-                "file next to the images, or pass the file itself and --image-folder."
-            )
-        return _open(lines[0], format)
-    if path.suffix in (".parquet", ".arrow"):
-        return _agree(format, "parquet", path), rows_of([path], _NEEDED)
-    if path.suffix == ".jsonl":
-        content: Any = json_lines(path)
-    else:
-        try:
-            text = read_limited(path, _MOST_JSON)
-            content = json.loads(text, object_pairs_hook=json_object)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is not a JSON file ({shorten(str(error))}). JSON lines need the suffix "
-                ".jsonl."
-            ) from error
-    if isinstance(content, dict):
-        if not isinstance(content.get("images"), list):
-            raise ValueError(f"{path} is a JSON object without `images`, so not a COCO file.")
-        coco_images = coco_items(content, path)
-        return _agree(format, "coco", path), _numbered(path, iter(coco_images))
-    if path.suffix != ".jsonl" and not isinstance(content, list):
-        raise ValueError(f"{path} holds {short_repr(content)}, not a list of records.")
-    items = iter(content)
-    checked = []
-    for item in items:  # up to the first item with a known format
-        checked.append(item)
-        if recognized := format_of(item):
-            return _agree(format, recognized, path), _numbered(path, chain(checked, items))
-    if format == "auto":
-        keys = sorted({str(key) for item in checked if isinstance(item, dict) for key in item})
-        raise ValueError(
-            f"{path} holds no record of a known format. Its records have the keys "
-            f"{short_repr(keys)}. Pass --format, and see docs/pairs.md for the supported keys."
-        )
-    return format, _numbered(path, iter(checked))
-
-
-def _agree(format: str, recognized: str, path: Path) -> str:
-    """The requested or the recognized format. Raises ValueError if they contradict each other."""
-    tables = {"parquet", "coco"} & {format.removesuffix(":all"), recognized}
-    if tables and format.removesuffix(":all") not in ("auto", recognized):
-        raise ValueError(f"format is {format!r}, but {path} looks like {recognized!r}.")
-    return recognized if format == "auto" else format
-
-
-def _saved(folder: Path) -> list[Path]:
-    """The Arrow files of a data set saved by `datasets`, from all splits."""
-    try:
-        if (folder / "dataset_dict.json").exists():
-            splits = read_json(folder / "dataset_dict.json")["splits"]
-            folders = map(DataFolder(folder).file, splits)
-            return [file for split in folders for file in _split(Path(split))]
-        return _split(folder)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder} is not a data set that `datasets` saved ({short_error(error)}). "
-            "Save it again with save_to_disk."
-        ) from error
-
-
-def _split(folder: Path) -> list[Path]:
-    """The Arrow files of one saved split."""
-    if not (folder / "state.json").exists():
-        return []
-    data_files = read_json(folder / "state.json")["_data_files"]
-    return [Path(DataFolder(folder).file(entry["filename"])) for entry in data_files]
-
-
-def _numbered(path: Path, items: Iterator[Any]) -> Items:
-    return ((f"{path.name}:{i}", item) for i, item in enumerate(items))
-
-
-def _read(items: Items, format: str, folder: DataFolder) -> Iterator[Record | InvalidRecord]:
+def _read(source: Source) -> Iterator[Record | InvalidRecord]:
     names = Names()
     digests: dict[bytes, str] = {}  # digest of a record -> its name
-    for place, item in items:
+    for place, item in source.items:
         name = place
         try:
-            if isinstance(item, Malformed):
-                raise item
-            if not isinstance(item, dict):
-                raise Malformed(
-                    f"it is {short_repr(item)}, not an object.", "Write one object per record."
-                )
-            name = name_of(item) or place
-            entries = FORMATS[format](item)
+            if not isinstance(item, Malformed):
+                name = name_of(item) or place
+            entries = entries_of(item, source.format, source.first)
         except Malformed as error:
-            yield InvalidRecord(names.unique(name), "read", error.reason, printable(str(error)))
+            kind = FilteredRecord if isinstance(error, Skipped) else InvalidRecord
+            yield kind(names.unique(name), "read", error.reason, printable(str(error)))
             continue
         for number, entry in enumerate(entries):
             name = entry.name or (f"{place}#{number + 1}" if len(entries) > 1 else place)
-            record = _record(names.unique(name), entry, folder)
+            record = _record(names.unique(name), entry, source.folder)
             if isinstance(record, Record):
                 first = digests.setdefault(_digest(record), record.name)
                 if first != record.name:
@@ -280,8 +189,6 @@ def _read(items: Items, format: str, folder: DataFolder) -> Iterator[Record | In
 
 
 def _record(name: str, entry: Entry, folder: DataFolder) -> Record | InvalidRecord:
-    if not entry.images:
-        return InvalidRecord(name, "read", "no image", "it names no image")
     try:
         prompt = placed(entry.prompt, len(entry.images))
         images = tuple(_located(image, folder) for image in entry.images)
@@ -341,10 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the arguments and imports the pairs. Returns an exit code."""
     parser = CommandParser(
         prog="python -m realign.pairs import",
-        description="Convert existing pairs: the JSON of Re-Align's authors, or TRL's columns.",
+        description="Convert existing pairs, in any format of docs/data.md.",
         example="python -m realign.pairs import data.json --image-folder images",
     )
-    parser.add_argument("data", metavar="DATA", help="File or folder of pairs.")
+    parser.add_argument(
+        "data", metavar="DATA", help="File or folder of pairs, or OWNER/NAME on the Hub."
+    )
     parser.add_argument(
         "--image-folder",
         metavar="FOLDER",
@@ -356,11 +265,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--format",
         default="auto",
-        metavar="{auto,realign,parquet}",
-        help="Format of DATA. auto detects it.",
+        metavar="NAME",
+        help="Format of DATA, such as parquet or realign (docs/data.md). auto detects it.",
+    )
+    parser.add_argument(
+        "--split", metavar="NAME", help="Split of DATA, if it has several, such as train."
     )
     args = parser.parse_args(arguments)
-    counts, note = _import_pairs(args.data, args.image_folder, args.output, args.format)
+    counts, note = _import_pairs(args.data, args.image_folder, args.output, args.format, args.split)
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "pairs")
     show(f"wrote {args.output}: {counts['pairs']} pairs; left out: {left_out or 'none'}{note}")
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from realign.data.records import Record, StoredImage
+from realign.data.sources import identity
 from realign.digits.scenes import CAPTION_PROMPT, make_scenes
 from realign.pairs.config import PairsConfig
 from realign.pairs.io.importers import read_any
@@ -53,10 +54,13 @@ class Read(Stage):
         config = self.config
         if config.data is None:
             return {"scenes": config.scenes, "seed": config.seed, "shard": config.shard}
+        folder = Path(config.data).is_dir()  # its images are part of the data
+        options = {"split": config.split, "format": config.format}
         return {
             "data": str(Path(config.data).absolute()),
-            "mark": files_digest(config.data),
+            "mark": files_digest(config.data) if folder else identity(config.data, **options),
             "format": config.format,
+            "split": config.split,
             "images": config.image_folder and str(Path(config.image_folder).absolute()),
             "shard": config.shard,
         }
@@ -68,7 +72,8 @@ class Read(Stage):
         if config.data is None:
             records = iter(digit_sources(config))
         else:
-            records = iter(read_any(config.data, format=config.format, images=config.image_folder))
+            options = {"format": config.format, "images": config.image_folder}
+            records = iter(read_any(config.data, split=config.split, **options))
         records = islice(records, skip * config.shard, None)
         while part := list(islice(records, config.shard)):
             yield part
