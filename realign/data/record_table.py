@@ -227,28 +227,49 @@ def open_table(
         OSError: when the table cannot be written.
     """
     content = identity(source, image_folder, split=split)
-    place = repr((os.getuid(), os.path.realpath(source), str(source), image_folder, split))
-    folder = default_directory() / _hex(place)
+    place = repr((os.path.realpath(source), str(source), image_folder, split))
+    return open_converted(
+        place,
+        content,
+        lambda skipped: progress(stream_pairs(source, image_folder, split=split, skipped=skipped)),
+    )
+
+
+def open_converted(
+    place: str, content: str, records: Callable[[Counter[str]], Iterable[Record]]
+) -> RecordTable:
+    """Open the table of a place, which is converted if its content is new.
+
+    Args:
+        place: identifies the source. A new content replaces the former one.
+        content: identifies the records.
+        records: returns the records, and counts skipped rows in its argument while they are read.
+
+    Raises:
+        RecordError: for a record with an invalid image.
+        OSError: when the table cannot be written.
+    """
+    folder = default_directory() / _hex(f"{os.getuid()} {place}")
     name = _hex(f"{_VERSION} {content}")
     table = _opened(folder, name, content)
+    if table is not None:
+        return table
+    skipped: Counter[str] = Counter()
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # others could plant links in it
+        _check_own(folder)
+        _convert(records(skipped), folder, name, skipped)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise OSError(
+            f"the records cannot be converted in {folder} ({error}). Embedded images are copied "
+            "there once. Set $REALIGN_CACHE to a folder with more space."
+        ) from error
+    _remove_others(folder, name)
+    table = _opened(folder, name, content)
     if table is None:
-        skipped: Counter[str] = Counter()
-        records = progress(stream_pairs(source, image_folder, split=split, skipped=skipped))
-        try:
-            folder.mkdir(0o700, parents=True, exist_ok=True)  # others could plant links in it
-            _check_own(folder)
-            _convert(records, folder, name, skipped)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise OSError(
-                f"the records cannot be converted in {folder} ({error}). Embedded images are "
-                "copied there once. Set $REALIGN_CACHE to a folder with more space."
-            ) from error
-        _remove_others(folder, name)
-        table = _opened(folder, name, content)
-        if table is None:
-            raise OSError(f"{folder} was changed by another process. Start the run again.")
+        raise OSError(f"{folder} was changed by another process. Start the run again.")
     return table
 
 

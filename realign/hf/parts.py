@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from realign.data.record_table import RecordTable, open_table, table_of
+from realign.data.record_table import RecordTable, open_converted, open_table, table_of
 from realign.distributed import first_on_machine
 from realign.files import read_json
-from realign.hf.records import Records, records_of, stream_rows
+from realign.hf.records import records_of, stream_rows
 from realign.modeling.forest import Example
 from realign.modeling.loading import adapter_base, from_pretrained
 from realign.modeling.model import ForestModel
@@ -72,7 +72,7 @@ def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
     vlm.load_state_dict(saved.state_dict())
 
 
-def record_table(rows: Records) -> RecordTable:
+def record_table(rows: Any) -> RecordTable:
     """The table of preference records. With a process group, every rank calls it.
 
     Raises:
@@ -83,7 +83,10 @@ def record_table(rows: Records) -> RecordTable:
         return first_on_machine(lambda: open_table(rows))
     is_data_set = hasattr(rows, "with_format") and hasattr(rows, "__len__")
     if is_data_set and len(rows) and rows.format["type"] != "custom":
-        return table_of(stream_rows(rows))
+        content = f"datasets {rows._fingerprint}"
+        return first_on_machine(
+            lambda: open_converted(content, content, lambda count: stream_rows(rows, skipped=count))
+        )
     return table_of(records_of(rows))
 
 
