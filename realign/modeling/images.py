@@ -215,7 +215,7 @@ class ImageStore:
         examples: the encoded examples.
         workers: threads that decode and preprocess the images of a batch. 0 uses the thread that
             builds the batch.
-        cache_bytes: size of the cache of preprocessed images.
+        cache_bytes: size of the cache of preprocessed images. None means `CACHE_BYTES`.
 
     Attributes:
         features: outputs of the vision tower by key, which batches hold instead of pixels. If
@@ -231,14 +231,14 @@ class ImageStore:
         examples: Examples,
         *,
         workers: int = 0,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
     ) -> None:
         self.layout = layout
         self.features: Mapping[str, Features] | None = None
         self._processor = processor
         self._chunks = examples.chunks
         self._bundles: dict[str, Bundle] = {}
-        self._room = cache_bytes
+        self._room = self.CACHE_BYTES if cache_bytes is None else cache_bytes
         self._lock = threading.Lock()
         self._tokenizer = _OneAtATime(processor.tokenizer)
         self._local = threading.local()

@@ -278,7 +278,10 @@ class _StoredResults:
 
 
 def _sizes(images: Any) -> Any:
-    return [_sizes(one) for one in images] if isinstance(images, list | tuple) else images.size
+    """Sizes of images in nested lists, also if the processor has made arrays of them."""
+    if isinstance(images, list | tuple):
+        return [_sizes(one) for one in images]
+    return images.size if isinstance(images, Image.Image) else tuple(images.shape)
 
 
 def _without_memory(value: Any) -> Any:

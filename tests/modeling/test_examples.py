@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from runs import encoded
 from tiny_processors import make_processor
 from tiny_vlms import random_record
+from transformers import BatchFeature
 
 from realign.data import record_table
 from realign.data.record_table import open_table, table_of
@@ -21,7 +23,7 @@ from realign.modeling.examples import collapse, expand
 from realign.modeling.images import ImageStore
 from realign.modeling.layouts import Layout
 from realign.modeling.loading import load_processor
-from realign.modeling.prompt_ids import PromptIds
+from realign.modeling.prompt_ids import PromptIds, _StoredResults
 from realign_kernels import collect_leaves, objectives
 
 LIMITS = {"layout": Layout(4), "max_response_tokens": 100, "max_tokens": 512, "progress": False}
@@ -174,6 +176,26 @@ def test_prompts_are_those_of_the_processor(family, count):
         wanted = processor(images=[images], return_tensors="pt", **inputs)["input_ids"][0]
         assert prompts.ids(record.name, key).tolist() == wanted.tolist()
     assert len(calls) <= 4 and all(calls)  # only the first prompts were compared
+
+
+def test_results_of_different_sizes_are_kept_apart():
+    """Arrays of 20 x 30 and 30 x 20 pixels have equal numbers of values."""
+    shapes = [(20, 30), (30, 20), (20, 30)]
+    made = []
+
+    def image_processor(images, **options):
+        made.append(images[0].shape)
+        return BatchFeature({"sizes": torch.tensor(images[0].shape), "pixels": torch.rand(2, 3)})
+
+    stored = _StoredResults(image_processor)
+    results = [stored(images=[np.zeros((*shape, 3))], scale=2) for shape in shapes]
+    assert [result["sizes"].tolist()[:2] for result in results] == [list(shape) for shape in shapes]
+    assert made == [(20, 30, 3), (30, 20, 3)]
+    assert results[0]["pixels"].shape == (2, 3) and not results[0]["pixels"].any()
+    stored([np.zeros((20, 30, 3))], scale=3)
+    assert len(made) == 3
+    results[0].pop("sizes")  # some processors remove entries
+    assert "sizes" in stored(images=[np.zeros((20, 30, 3))], scale=2)
 
 
 def test_a_processor_that_reads_pixels_is_found(monkeypatch):

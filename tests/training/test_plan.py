@@ -16,6 +16,7 @@ from realign.data.records import read_pairs, write_pairs
 from realign.digits import ASSETS
 from realign.digits.processor import build_processor
 from realign.modeling.forest import build_batch
+from realign.modeling.images import ImageStore
 from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
 from realign.train import main
@@ -159,6 +160,19 @@ def test_the_plan_has_the_counts_of_training(pairs_file, tmp_path, capsys, vlm):
     # Two ranks would start, and each takes one forward of four examples.
     more = ["--fsdp", "--nproc-per-node", 2, "--dry-run", "--output", tmp_path / "other"]
     assert "2 rank(s), 1 forward(s)" in shown(capsys, *given, *more)["steps"]
+
+
+def test_a_plan_of_more_images_than_are_kept(pairs_file, tmp_path, capsys, monkeypatch):
+    """Each image is then made again, which failed under fake tensors."""
+    given = ["--pairs", str(pairs_file), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert main(given) == 0
+    whole = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(ImageStore, "CACHE_BYTES", 0)
+    assert main(given) == 0
+    kept = [line for line in whole if not line.lstrip().startswith(("images", "memory", "time"))]
+    assert set(kept) - {*capsys.readouterr().out.splitlines()} <= {
+        line for line in kept if "imported libraries" in line or "free" in line
+    }
 
 
 def test_a_merged_model_takes_the_disk_space_of_its_base(pairs_file, llava, tmp_path, capsys):
