@@ -1,12 +1,13 @@
 """Examples on disk: equal to those in memory, and made again if anything has changed."""
 
-import subprocess
-import sys
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import CONTEXT
 from runs import encoded
 from tiny_processors import make_processor
 from tiny_vlms import random_record
@@ -100,32 +101,31 @@ def test_encoded_records_are_kept_by_everything_they_depend_on(table, monkeypatc
     assert chunks() == []
 
 
-def test_a_killed_encoding_keeps_its_files(table, pairs_file):
+def _encode_until(pairs, count, folder):
+    """Encode pairs in files of 5 records, and be killed at the file with number `count`."""
+    encode._CHUNK, inner = 5, encode._Encoder.encode
+    rows = []
+
+    def once(self, given):
+        rows.append(len(given))
+        (folder / "encoded").write_text(str(rows))
+        if len(rows) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(self, given)
+
+    encode._Encoder.encode = once
+    encode_table(open_table(pairs), load_processor(ASSETS), objectives.rdpo(), **LIMITS)
+
+
+def test_a_killed_encoding_keeps_its_files(table, pairs_file, tmp_path):
     """Only the records of the file that was being written are encoded again."""
-    program = (
-        "import os, sys\n"
-        "from realign.data.record_table import open_table\n"
-        "from realign.digits import ASSETS\n"
-        "from realign.modeling import encode\n"
-        "from realign.modeling.layouts import Layout\n"
-        "from realign.modeling.loading import load_processor\n"
-        "from realign_kernels import objectives\n"
-        "encode._CHUNK, count = 5, 0\n"
-        "inner = encode._Encoder.encode\n"
-        "def once(self, rows):\n"
-        "    global count\n"
-        "    count += 1\n"
-        "    if count == int(sys.argv[2]): os.kill(os.getpid(), 9)\n"
-        "    return inner(self, rows)\n"
-        "encode._Encoder.encode = once\n"
-        "encode.encode_table(open_table(sys.argv[1]), load_processor(ASSETS), objectives.rdpo(),\n"
-        "    layout=Layout(4), max_response_tokens=100, max_tokens=512, progress=False)\n"
-        "print(count)\n"
-    )
-    run = [sys.executable, "-c", program, str(pairs_file)]
-    assert subprocess.run([*run, "4"]).returncode == -9
-    out = subprocess.run([*run, "0"], capture_output=True, text=True, check=True).stdout
-    assert out.split()[-1] == "2"  # the first three of five files were kept
+    found = []
+    for count in (4, 0):
+        process = CONTEXT.Process(target=_encode_until, args=(pairs_file, count, tmp_path))
+        process.start()
+        process.join()
+        found.append((process.exitcode, (tmp_path / "encoded").read_text()))
+    assert found == [(-signal.SIGKILL, "[5, 5, 5, 5]"), (0, "[5, 4]")]
 
 
 def test_all_unusable_records_are_counted(pairs_file):
