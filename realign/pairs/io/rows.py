@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from PIL import Image
 
 from realign.data.records import Record, StoredImage
+from realign.modeling.prefetch import ahead, default_workers
 from realign.pairs.io.images import ImageError, load_image
 
 Row = dict[str, Any]
@@ -82,11 +83,16 @@ def chat_images(images: Iterable[StoredImage]) -> list[Image.Image]:
 
 
 def load_in_threads(
-    load: Callable[[_Item], _Loaded], items: Iterable[_Item]
+    load: Callable[[_Item], _Loaded], items: Iterable[_Item], workers: int | None = None
 ) -> list[_Loaded | ImageError]:
-    """Applies `load` to each item in threads. Returns its result or its `ImageError`.
+    """Applies `load` to each item in worker threads. Returns its result or its `ImageError`.
 
     Threads help because Pillow releases the GIL while it decodes.
+
+    Args:
+        load: the function.
+        items: its arguments, one a call.
+        workers: number of threads. 0 means the caller's thread, None `default_workers`.
     """
 
     def load_or_error(item: _Item) -> _Loaded | ImageError:
@@ -95,8 +101,10 @@ def load_in_threads(
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(load_or_error, items))
+    workers = default_workers() if workers is None else workers
+    tasks = (partial(load_or_error, item) for item in items)
+    with ahead(tasks, torch.device("cpu"), workers=workers) as loaded:
+        return list(loaded)
 
 
 def files_digest(path: str | None) -> str | None:
