@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ class Engine:
         """
         raise NotImplementedError
 
-    def chats(self, groups: Iterable[Sequence[Chat]]) -> Iterator[list[Reply]]:
+    def chats(self, groups: Iterable[Sequence[Chat]]) -> Generator[list[Reply], None, None]:
         """Yields the replies to each group of requests, like `chat`.
 
         An engine may load and preprocess the images of the next group ahead.

@@ -7,7 +7,7 @@ the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import tee
@@ -130,7 +130,7 @@ class TransformersEngine(Engine):
         (replies,) = self.chats([requests])
         return replies
 
-    def chats(self, groups: Iterable[Sequence[Chat]]) -> Iterator[list[Reply]]:
+    def chats(self, groups: Iterable[Sequence[Chat]]) -> Generator[list[Reply], None, None]:
         """Yields the replies to each group. Workers preprocess the next batches of all groups."""
         self.open()
         plans, following = tee(map(self._plan, groups))
