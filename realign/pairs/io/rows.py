@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from PIL import Image
 
 from realign.data.records import Record, StoredImage
-from realign.modeling.prefetch import ahead, default_workers
 from realign.pairs.io.images import ImageError, load_image
 
 Row = dict[str, Any]
@@ -101,10 +99,14 @@ def load_in_threads(
         except ImageError as error:
             return error
 
-    workers = default_workers() if workers is None else workers
-    tasks = (partial(load_or_error, item) for item in items)
-    with ahead(tasks, torch.device("cpu"), workers=workers) as loaded:
-        return list(loaded)
+    if workers is None:  # imported here, since torch takes 3 s, which `import` does not need
+        from realign.modeling.prefetch import default_workers
+
+        workers = default_workers()
+    if workers == 0:
+        return list(map(load_or_error, items))
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(load_or_error, items))
 
 
 def files_digest(path: str | None) -> str | None:
