@@ -133,7 +133,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         meta=config.fsdp and distributed.rank() > 0,  # weights come from rank 0
         max_response_tokens=config.max_response_tokens,
         progress=progress,
-        workers=distributed.default_workers(config.workers),
+        workers=distributed.workers_of_rank(config.workers),
     )
     model = inputs.model.eval()
     if config.fsdp:

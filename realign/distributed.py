@@ -274,7 +274,7 @@ def local_share() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def default_workers(workers: int | None) -> int:
+def workers_of_rank(workers: int | None) -> int:
     """Worker threads of a rank for images: by default the rank's cores but one, from 1 to 8."""
     if workers is not None:
         return workers

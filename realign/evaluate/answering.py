@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from realign.data.errors import shorten
 from realign.data.images import DataFolder, ImageError, StoredImage
@@ -141,20 +145,20 @@ def answer(
             output.parent.mkdir(parents=True, exist_ok=True)
             if not output.exists():
                 write_whole(output, json.dumps({"asked": asked}) + "\n")
-        for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
-            chats = [_chat(question, sheet) for question in part]
-            replies = engine.chat(chats)
-            lines = []
-            for question, reply in zip(part, replies, strict=True):
-                line = {"id": question.id, "question": question.text, "image": question.image}
-                line |= question.facts | {"answer": reply.text}
-                line |= {"error": reply.error} if reply.error else {}
-                sheet.done[question.id] = line
-                lines.append(json.dumps(line) + "\n")  # ASCII: no text can break a line
-            with output.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-            bar.update(len(part))
+        parts = [missing[start : start + batch] for start in range(0, len(missing), batch)]
+        groups = ([_chat(question, sheet) for question in part] for part in parts)
+        with closing(engine.chats(groups)) as answered:
+            for part, replies in zip(parts, answered, strict=True):
+                lines = []
+                for question, reply in zip(part, replies, strict=True):
+                    line = {"id": question.id, "question": question.text, "image": question.image}
+                    line |= question.facts | {"answer": reply.text}
+                    line |= {"error": reply.error} if reply.error else {}
+                    sheet.done[question.id] = line
+                    lines.append(json.dumps(line) + "\n")  # ASCII: no text can break a line
+                with output.open("a", encoding="utf-8") as file:
+                    file.write("".join(lines))
+                bar.update(len(part))
     return [sheet.done[question.id] for question in sheet.questions]
 
 
@@ -239,12 +243,15 @@ def _place(folder: DataFolder, question: Question) -> str:
         raise ValueError(f"the image of question {question.id!r}: {error}") from error
 
 
+def _load(folder: DataFolder, question: Question) -> Image.Image:
+    try:
+        return load_image(StoredImage(path=_place(folder, question)))
+    except ImageError as error:
+        raise ValueError(f"the image of question {question.id!r}: {error}") from error
+
+
 def _chat(question: Question, sheet: Sheet) -> Chat:
-    images = []
-    if question.image is not None:
-        try:
-            images = [load_image(StoredImage(path=_place(sheet.folder, question)))]
-        except ImageError as error:
-            raise ValueError(f"the image of question {question.id!r}: {error}") from error
+    """A request whose image is decoded by the engine's workers."""
+    images = [] if question.image is None else [partial(_load, sheet.folder, question)]
     content = question.text + sheet.asked["suffix"]
     return Chat([{"role": "user", "content": content}], images, sheet.asked["max_tokens"])

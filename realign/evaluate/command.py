@@ -29,7 +29,7 @@ SHORT = "\nAnswer the question using a single word or phrase."
 CAPTION = "Please describe this image in detail."
 """Usual prompt of CHAIR in papers on hallucination."""
 
-_LEAST = {"limit": 0, "most": 0, "seed": 0, "batch_size": 1, "max_tokens": 1}
+_LEAST = {"limit": 0, "most": 0, "seed": 0, "batch_size": 1, "max_tokens": 1, "workers": 0}
 
 _POPE = {
     "question_id": files.KEY,
@@ -52,7 +52,8 @@ def run(words: Sequence[str]) -> int:
     """
     args = _parser().parse_args(words)
     for name, minimum in _LEAST.items():
-        if (value := getattr(args, name, minimum)) < minimum:
+        value = getattr(args, name, None)
+        if value is not None and value < minimum:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {value}; it must be {minimum} or more.")
     show(args.run(args))
@@ -250,7 +251,8 @@ def _answers(
     """Answer the questions of all sheets. Returns the answers by sheet name."""
     from realign.pairs.engines import make_engine
 
-    engine = make_engine(f"transformers:{args.model}", batch_size=args.batch_size, dtype=args.dtype)
+    options = {name: getattr(args, name) for name in ("batch_size", "dtype", "workers")}
+    engine = make_engine(f"transformers:{args.model}", **options)
     try:
         answers = {
             name: answer(engine, sheet, progress=not args.quiet) for name, sheet in sheets.items()
@@ -317,6 +319,13 @@ def _parser() -> argparse.ArgumentParser:
             help="Folder for answers and figures. A stopped run resumes from it. Required.",
         )
         add("--batch-size", type=int, default=16, metavar="N", help="Answers generated together.")
+        add(
+            "--workers",
+            type=int,
+            metavar="N",
+            help="Threads that decode and preprocess images ahead of the model. 0 uses none. "
+            "Without it, the cores of this process, at most 8.",
+        )
         add(
             "--dtype",
             choices=("fp32", "bf16"),

@@ -29,7 +29,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
-from realign.distributed import default_workers, disable_cudnn_attention
+from realign.distributed import disable_cudnn_attention, workers_of_rank
 from realign.hf import adapter_checks, adapters, checks, parts
 from realign.hf.config import RDPOConfig
 from realign.hf.records import Records
@@ -125,7 +125,7 @@ class RDPOTrainer(Trainer):
             parts.check_objective(self.objective, make_objective(args.loss, table))
             self.examples += encode(table)
             eval_indices[name] = range(start, len(self.examples))
-        workers = default_workers(args.image_workers)
+        workers = workers_of_rank(args.image_workers)
         self.store = ImageStore(processor, module.layout, self.examples, workers=workers)
         self._trained = len(indices)
         self.references: torch.Tensor | None = None  # (L, examples) fp32

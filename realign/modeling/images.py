@@ -27,6 +27,7 @@ from realign.data.images import ImageError, StoredImage, digest_of_bytes
 from realign.data.record_table import ImageFacts, RecordTable
 from realign.modeling.examples import BLANK, COLUMNS, Chunk, Examples, UsedImage, key_array
 from realign.modeling.layouts import Layout
+from realign.modeling.prefetch import Copies
 from realign_kernels.refcache.keys import KEY
 
 Bundle = dict[str, torch.Tensor]
@@ -235,13 +236,13 @@ class ImageStore:
     ) -> None:
         self.layout = layout
         self.features: Mapping[str, Features] | None = None
-        self._processor = processor
+        shared = copy.copy(processor)
+        shared.tokenizer = _OneAtATime(processor.tokenizer)
+        self._processors = Copies(shared)
         self._chunks = examples.chunks
         self._bundles: dict[str, Bundle] = {}
         self._room = self.CACHE_BYTES if cache_bytes is None else cache_bytes
         self._lock = threading.Lock()
-        self._tokenizer = _OneAtATime(processor.tokenizer)
-        self._local = threading.local()
         self._pool = ThreadPoolExecutor(workers, "images") if workers else None
         # Places of all images, in the order of their first use.
         chunks = [np.full(len(c.images.values), i, np.int32) for i, c in enumerate(self._chunks)]
@@ -325,11 +326,8 @@ class ImageStore:
         else:
             facts = getattr(row, column)[used.place]
             image, named = _opened(chunk.table, facts, record), facts.path or "in the pairs file"
-        if not hasattr(self._local, "processor"):  # image processors are not thread-safe
-            self._local.processor = copy.copy(self._processor)
-            self._local.processor.image_processor = copy.deepcopy(self._processor.image_processor)
-            self._local.processor.tokenizer = self._tokenizer
-        bundle, found = preprocess(self._local.processor, self.layout, record, image, used.several)
+        with self._processors.borrow() as processor:
+            bundle, found = preprocess(processor, self.layout, record, image, used.several)
         if found != SizeFacts(used.tokens, used.grids):
             raise RecordError(
                 record,
@@ -355,6 +353,9 @@ class _OneAtATime:
     def __call__(self, *args: Any, **options: Any) -> Any:
         with self._lock:
             return self._tokenizer(*args, **options)
+
+    def __deepcopy__(self, memo: Any) -> _OneAtATime:
+        return self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from realign.digits import ASSETS
 from realign.modeling.loading import DTYPES
+from realign.modeling.prefetch import default_workers
 from realign.pairs import engines, negatives
 from realign.pairs.engines import is_endpoint
 from realign.pairs.masking import MASKERS
@@ -28,7 +29,7 @@ _RANGES = (  # names, minimum, maximum, message
     (("max_bad",), 0, 1, "it must be from 0 to 1."),
     (("share",), 0, 1, "it must be above 0 and at most 1."),
     (("ceiling", "tau"), -1, 1, "it must be from -1 to 1."),
-    (("seed",), 0, _LARGEST, "it must be 0 or more."),
+    (("seed", "workers"), 0, _LARGEST, "it must be 0 or more."),
 )
 
 
@@ -131,6 +132,9 @@ class PairsConfig:
     """Maximum share of invalid records. With more, the run stops."""
     batch_size: int = 64
     """Number of images embedded, or records refilled, in one batch."""
+    workers: int | None = None
+    """Number of threads that decode and preprocess images ahead of the model. 0 means none. Without
+    it, the cores of this process, at most 8."""
     ray: str | None = None
     """Run on Ray Data: the address of a cluster, local for all cores of this machine, or local:N
     for N cores. All paths must be the same on every machine. Without it, this process makes all
@@ -274,11 +278,17 @@ class PairsConfig:
         return Path(self.work) if self.work else Path(self.output).with_suffix(".work")
 
     @property
+    def worker_threads(self) -> int:
+        """Number of threads that decode and preprocess images."""
+        return default_workers() if self.workers is None else self.workers
+
+    @property
     def engine_options(self) -> dict[str, Any]:
         """Keyword arguments of `make_engine`."""
         return {
             "folder": self.work_folder / "engines",
             "batch_size": self.batch_size,
             "dtype": self.dtype,
+            "workers": self.worker_threads,
             **{name: getattr(self, name) for name in _OF_ENDPOINTS},
         }

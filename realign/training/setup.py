@@ -123,7 +123,7 @@ def training_inputs(
         progress=progress,
         image_folder=config.data.image_folder,
         split=config.data.split,
-        workers=distributed.default_workers(config.data.workers),
+        workers=distributed.workers_of_rank(config.data.workers),
     )
 
 

@@ -20,7 +20,9 @@ def _transformers(spec: str, options: EngineOptions) -> Engine:
 
     model = spec.partition(":")[2]
     check_folder(model)
-    return TransformersEngine(model, batch_size=options.batch_size, dtype=options.dtype)
+    return TransformersEngine(
+        model, batch_size=options.batch_size, dtype=options.dtype, workers=options.workers
+    )
 
 
 def _endpoint(spec: str, options: EngineOptions) -> Engine:

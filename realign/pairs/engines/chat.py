@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ class Chat:
 
     messages: list[dict]
     """Messages with a role and content. Content is text, or parts of type text and image."""
-    images: list[Image.Image] = field(default_factory=list)
-    """Images in the order of their places."""
+    images: Sequence[Image.Image | Callable[[], Image.Image]] = field(default_factory=list)
+    """Images in the order of their places, or functions that load them (`load`)."""
     max_tokens: int = 256
     """Maximum length of the answer."""
     temperature: float = 0.0
@@ -37,6 +37,10 @@ class Chat:
             raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or more.")
+
+    def load(self) -> list[Image.Image]:
+        """The images. Those given as functions are loaded, and their errors are raised."""
+        return [i if isinstance(i, Image.Image) else i() for i in self.images]
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class EngineOptions:
     """For transformers: batch size of greedy answers. Sampled answers are written one by one."""
     dtype: str | None = None
     """For transformers: "fp32" or "bf16". None means bf16 on a GPU and fp32 on a CPU."""
+    workers: int | None = None
+    """For transformers: number of threads that load and preprocess images ahead of the model. 0
+    means none, None `realign.modeling.prefetch.default_workers`."""
     concurrency: int = 8
     """Number of concurrent requests to an endpoint."""
     requests_per_minute: float | None = None
@@ -75,6 +82,8 @@ class EngineOptions:
         for name in ("batch_size", "concurrency", "tries"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers is {self.workers}; it must be 0 or more.")
         for name in ("timeout", "requests_per_minute"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
@@ -118,6 +127,14 @@ class Engine:
         """
         raise NotImplementedError
 
+    def chats(self, groups: Iterable[Sequence[Chat]]) -> Generator[list[Reply], None, None]:
+        """Yields the replies to each group of requests, like `chat`.
+
+        An engine may load and preprocess the images of the next group ahead.
+        """
+        for group in groups:
+            yield self.chat([replace(request, images=request.load()) for request in group])
+
     def estimate(self, requests: Sequence[Chat], total: int | None = None) -> str | None:
         """Estimated cost of requests, printed before they are sent. None for a local model.
 
@@ -159,7 +176,7 @@ def request_digest(chat: Chat, *engine: str) -> str:
         "max_tokens": chat.max_tokens,
         "temperature": float(chat.temperature),
         "seed": chat.seed if sampled else None,
-        "images": [image_digest(image) for image in chat.images],
+        "images": [image_digest(image) for image in chat.load()],
     }
     # In ASCII, a text with a lone surrogate also has a digest.
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True)

@@ -331,7 +331,7 @@ def payload(chat: Chat, model: str, renamed: bool = False) -> bytes:
     Raises:
         Malformed: for a malformed chat.
     """
-    images = iter(chat.images)
+    images = iter(chat.load())
     messages = []
     for message in typed_messages(chat):
         parts = [

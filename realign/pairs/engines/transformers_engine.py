@@ -7,7 +7,10 @@ the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +27,53 @@ from realign.modeling.loading import (
     load_processor,
     load_trained,
 )
+from realign.modeling.prefetch import Copies, ahead, default_workers
 from realign.pairs.engines.chat import NO_TEXT, Chat, Engine, Reply
+
+_AHEAD = 3
+"""Batches that workers load or that wait. Their images are in memory, in full size."""
+
+
+@dataclass
+class _Plan:
+    """A group of requests, in batches.
+
+    Attributes:
+        requests: the requests.
+        texts: index of a request -> its rendered text.
+        replies: index of a request -> its reply.
+        batches: indices of the requests in each batch.
+    """
+
+    requests: Sequence[Chat]
+    texts: dict[int, str] = field(default_factory=dict)
+    replies: dict[int, Reply] = field(default_factory=dict)
+    batches: list[list[int]] = field(default_factory=list)
+
+    def batch(self, places: list[int]) -> tuple[list[Chat], list[str]]:
+        """The requests of a batch and their texts."""
+        return [self.requests[i] for i in places], [self.texts[i] for i in places]
 
 
 class TransformersEngine(Engine):
     """A vision-language model, or a language model for requests without images."""
 
-    def __init__(self, model: str, *, batch_size: int = 8, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        batch_size: int = 8,
+        dtype: str | None = None,
+        workers: int | None = None,
+    ) -> None:
         """Set the model. `open` loads it.
 
         Args:
             model: folder or Hub name of the model, or of an adapter, which names its base model.
             batch_size: batch size of greedy answers.
             dtype: "fp32" or "bf16". None means bf16 on a GPU and fp32 on a CPU.
+            workers: number of threads that load and preprocess images ahead of the model. 0 means
+                none, None `default_workers`.
 
         Raises:
             ValueError: for another dtype.
@@ -45,6 +82,7 @@ class TransformersEngine(Engine):
             raise ValueError(f"dtype is {dtype!r}; use {' or '.join(DTYPES)}.")
         self.name = f"transformers:{model}"
         self._path, self._batch_size, self._dtype = model, batch_size, dtype
+        self._workers = default_workers() if workers is None else workers
         self._model: Any = None
 
     def open(self) -> None:
@@ -69,6 +107,7 @@ class TransformersEngine(Engine):
             model = load_trained(self._path, dtype, AutoModelForCausalLM)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._processors = Copies(self._processor)
         self._template = ChatTemplate(self._processor)
         self._max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         end = model.generation_config.eos_token_id
@@ -88,18 +127,35 @@ class TransformersEngine(Engine):
         model would interpret it. It also has an error if prompt and answer exceed the model's
         maximum length.
         """
+        (replies,) = self.chats([requests])
+        return replies
+
+    def chats(self, groups: Iterable[Sequence[Chat]]) -> Generator[list[Reply], None, None]:
+        """Yields the replies to each group. Workers preprocess the next batches of all groups."""
         self.open()
-        replies: dict[int, Reply] = {}
-        texts: dict[int, str] = {}
+        plans, following = tee(map(self._plan, groups))
+        tasks = (
+            partial(self._encode, *plan.batch(places))
+            for plan in following
+            for places in plan.batches
+        )
+        device, workers = self._model.device, self._workers
+        with ahead(tasks, device, workers=workers, depth=_AHEAD) as encoded:
+            for plan in plans:
+                for places in plan.batches:
+                    replies = self._write(*plan.batch(places), next(encoded))
+                    plan.replies |= zip(places, replies, strict=True)
+                yield [plan.replies[i] for i in range(len(plan.requests))]
+
+    def _plan(self, requests: Sequence[Chat]) -> _Plan:
+        plan = _Plan(requests)
         for i, request in enumerate(requests):
             try:
-                texts[i] = self._render(request)
+                plan.texts[i] = self._render(request)
             except Malformed as error:
-                replies[i] = Reply("", str(error))
-        for batch in self._batches(requests, list(texts)):
-            answers = self._write([requests[i] for i in batch], [texts[i] for i in batch])
-            replies |= zip(batch, answers, strict=True)
-        return [replies[i] for i in range(len(requests))]
+                plan.replies[i] = Reply("", str(error))
+        plan.batches = self._batches(requests, list(plan.texts))
+        return plan
 
     def _batches(self, requests: Sequence[Chat], places: list[int]) -> list[list[int]]:
         """Indices of the requests in each batch.
@@ -127,15 +183,11 @@ class TransformersEngine(Engine):
         return self._template.prompt(request.messages, len(request.images)).text
 
     @torch.inference_mode()
-    def _write(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
-        """Answers to one batch. A batch that fails is tried again in halves."""
-        try:
-            encoded = self._encode(requests, texts)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # the types of errors differ between processors
+    def _write(self, requests: list[Chat], texts: list[str], encoded: Any) -> list[Reply]:
+        """Answers to one batch, the result of `_encode`. A batch that fails is tried in halves."""
+        if isinstance(encoded, Exception):
             if len(requests) == 1:
-                return [Reply("", f"the model's processor rejects it: {short_error(error)}")]
+                return [Reply("", f"the model's processor rejects it: {short_error(encoded)}")]
             return self._halves(requests, texts)
         length, max_tokens = encoded["input_ids"].shape[1], requests[0].max_tokens
         if self._max_length is not None and length + max_tokens > self._max_length:
@@ -159,23 +211,40 @@ class TransformersEngine(Engine):
         return self._halves(requests, texts)
 
     def _halves(self, requests: list[Chat], texts: list[str]) -> list[Reply]:
-        half = len(requests) // 2
-        first = self._write(requests[:half], texts[:half])
-        return first + self._write(requests[half:], texts[half:])
+        middle = len(requests) // 2
+        replies: list[Reply] = []
+        for half in (slice(middle), slice(middle, None)):
+            part = requests[half], texts[half]
+            replies += self._write(*part, self._encode(*part))
+        return replies
 
-    def _encode(self, requests: list[Chat], texts: list[str]):
+    def _encode(self, requests: list[Chat], texts: list[str]) -> Any:
+        """Inputs of the model for a batch, on the CPU, or the error of the processor. Thread-safe.
+
+        Raises:
+            Exception: the error of a function that loads an image.
+        """
+        images = [request.load() for request in requests]
         options = text_inputs(self._processor, texts) | {
             "return_tensors": "pt",
             "padding": True,
             "padding_side": "left",
         }
-        if not self._is_multimodal:
-            return self._tokenizer(**options).to(self._model.device)
-        images = [list(request.images) for request in requests] if requests[0].images else None
-        encoded = self._processor(images=images, **options)
-        return encoded.to(self._model.device, self._model.dtype)  # only pixels get the dtype
+        if self._is_multimodal:
+            options["images"] = images if requests[0].images else None
+        try:
+            with self._processors.borrow() as processor:
+                return processor(**options)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the types of errors differ between processors
+            return error
 
-    def _generate(self, encoded, request: Chat) -> torch.Tensor:
+    def _generate(self, encoded: Any, request: Chat) -> torch.Tensor:
+        if self._is_multimodal:
+            encoded = encoded.to(self._model.device, self._model.dtype)  # only pixels get the dtype
+        else:
+            encoded = encoded.to(self._model.device)
         options = {
             "max_new_tokens": request.max_tokens,
             "pad_token_id": self._tokenizer.pad_token_id,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,11 +81,16 @@ def chat_images(images: Iterable[StoredImage]) -> list[Image.Image]:
 
 
 def load_in_threads(
-    load: Callable[[_Item], _Loaded], items: Iterable[_Item]
+    load: Callable[[_Item], _Loaded], items: Iterable[_Item], workers: int | None = None
 ) -> list[_Loaded | ImageError]:
-    """Applies `load` to each item in threads. Returns its result or its `ImageError`.
+    """Applies `load` to each item in worker threads. Returns its result or its `ImageError`.
 
     Threads help because Pillow releases the GIL while it decodes.
+
+    Args:
+        load: the function.
+        items: its arguments, one a call.
+        workers: number of threads. 0 means the caller's thread, None `default_workers`.
     """
 
     def load_or_error(item: _Item) -> _Loaded | ImageError:
@@ -95,7 +99,13 @@ def load_in_threads(
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    if workers is None:  # imported here, since torch takes 3 s, which `import` does not need
+        from realign.modeling.prefetch import default_workers
+
+        workers = default_workers()
+    if workers == 0:
+        return list(map(load_or_error, items))
+    with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(load_or_error, items))
 
 

@@ -171,7 +171,7 @@ def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
     """
     try:
         with open_regular(file):  # Arrow would wait for a pipe
-            return pq.read_table(file, columns=columns)
+            return pq.read_table(file, columns=columns, pre_buffer=False)
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
@@ -184,7 +184,7 @@ def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
 def parquet_file(file: Path) -> pq.ParquetFile:
     """Open a Parquet file of the work folder, which may not be a pipe or a device."""
     with open_regular(file):
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file, pre_buffer=False)  # the buffer would keep the whole file
 
 
 def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,19 +12,29 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from realign.digits import ASSETS
-from realign.modeling.images import bundle_of, collate, features
+from realign.modeling.images import Bundle, bundle_of, collate, features
 from realign.modeling.layouts import layout_of
 from realign.modeling.loading import DTYPES, from_pretrained, load_model, load_processor
+from realign.modeling.prefetch import Copies
 from realign.modeling.sentence_models import load_sentence_model
 
-Encode = Callable[[list[Image.Image]], torch.Tensor]
-"""Function from a batch of images to embeddings, (images, D)."""
+
+class Encoder(NamedTuple):
+    """The two steps of an embedding.
+
+    Attributes:
+        prepare: preprocesses an image on the CPU. Thread-safe.
+        encode: turns a batch of results of `prepare` into embeddings, (images, D).
+    """
+
+    prepare: Callable[[Image.Image], Any]
+    encode: Callable[[list[Any]], torch.Tensor]
+
 
 _SIDE = 448
 """Maximum side in pixels for towers that accept any size. Larger images are reduced."""
 _LONGEST = 20
 """Maximum aspect ratio. Of longer images only the middle is embedded."""
-_THREADS = min(8, os.cpu_count() or 1)
 
 
 class Embedder:
@@ -64,7 +72,7 @@ class Embedder:
         default = "bf16" if self.device.type == "cuda" else "fp32"
         self.dtype = DTYPES[default if dtype == "auto" else dtype]
         self.name, self.vlm_name, self.batch_size = name, vlm_name, batch_size
-        self._encode: Encode | None = None
+        self._encoder: Encoder | None = None
 
     def open(self) -> None:
         """Load the encoder.
@@ -73,14 +81,28 @@ class Embedder:
             ValueError: when it is not found, has no image features, or needs a missing package.
         """
         if self.name is None:
-            self._encode = self._open_tower()
+            self._encoder = self._open_tower()
         elif self.name.startswith(("st:", "sentence-transformers/")):
-            self._encode = self._open_sentence_transformer(self.name.removeprefix("st:"))
+            self._encoder = self._open_sentence_transformer(self.name.removeprefix("st:"))
         else:
-            self._encode = self._open_encoder(self.name)
+            self._encoder = self._open_encoder(self.name)
 
     def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Embed RGB images.
+        """Embed RGB images in the caller's thread. See `encode`."""
+        size = self.batch_size
+        starts = range(0, max(1, len(images)), size)
+        batches = ([self.prepare(i) for i in images[start : start + size]] for start in starts)
+        return np.concatenate([self.encode(batch) for batch in batches])
+
+    def prepare(self, image: Image.Image) -> Any:
+        """Preprocess an RGB image for `encode`. Several threads may call it after `open`."""
+        if self._encoder is None:
+            self.open()
+        assert self._encoder is not None
+        return self._encoder.prepare(_crop_strip(image))
+
+    def encode(self, prepared: list[Any]) -> np.ndarray:
+        """Embed results of `prepare` in one batch.
 
         Returns:
             (images, D) fp32 unit vectors.
@@ -88,16 +110,12 @@ class Embedder:
         Raises:
             ValueError: when an embedding is not finite.
         """
-        if self._encode is None:
-            self.open()
-        assert self._encode is not None
-        parts = [] if images else [np.empty((0, 0), dtype=np.float32)]
-        for start in range(0, len(images), self.batch_size):
-            batch = [_crop_strip(image) for image in images[start : start + self.batch_size]]
-            with torch.inference_mode():
-                states = torch.nn.functional.normalize(self._encode(batch).float(), dim=-1)
-            parts.append(states.cpu().numpy())
-        vectors = np.concatenate(parts)
+        if not prepared:
+            return np.empty((0, 0), dtype=np.float32)
+        assert self._encoder is not None
+        with torch.inference_mode():
+            states = torch.nn.functional.normalize(self._encoder.encode(prepared).float(), dim=-1)
+        vectors = states.cpu().numpy()
         if not np.isfinite(vectors).all():
             remedy = "use --dtype fp32" if self.dtype != torch.float32 else "check its weights"
             raise ValueError(
@@ -106,20 +124,15 @@ class Embedder:
             )
         return vectors
 
-    def _inputs(self, processor: Any, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """Processor outputs for a batch, computed in threads."""
-        size = -(-len(images) // _THREADS)
-        chunks = [images[i : i + size] for i in range(0, len(images), size)]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            encoded = pool.map(lambda part: processor(images=part, return_tensors="pt"), chunks)
-            parts = list(map(bundle_of, encoded))
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    def _inputs(self, bundles: list[Bundle]) -> Bundle:
+        """The bundles of a batch, concatenated on the device."""
+        tensors = {name: torch.cat([bundle[name] for bundle in bundles]) for name in bundles[0]}
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in tensors.items()
         }
 
-    def _open_encoder(self, name: str) -> Encode:
+    def _open_encoder(self, name: str) -> Encoder:
         try:
             encoder = from_pretrained(AutoModel, name, dtype=self.dtype)
             processor = from_pretrained(AutoImageProcessor, name)
@@ -130,24 +143,26 @@ class Embedder:
                 "a folder or the Hub name of a CLIP or SigLIP model, with its image processor."
             ) from error
 
-        def encode(images: list[Image.Image]) -> torch.Tensor:
-            output = encoder.get_image_features(**self._inputs(processor, images))
+        prepare = _preprocessing(processor)
+
+        def encode(bundles: list[Bundle]) -> torch.Tensor:
+            output = encoder.get_image_features(**self._inputs(bundles))
             return output if isinstance(output, torch.Tensor) else output.pooler_output
 
         if hasattr(encoder, "get_image_features") and not hasattr(encoder, "language_model"):
             encoder.text_model = None  # not needed, and half of the weights
             encoder = encoder.eval().to(self.device)
             with torch.inference_mode():
-                probe = encode([Image.new("RGB", (32, 32))])
+                probe = encode([prepare(Image.new("RGB", (32, 32)))])
             if isinstance(probe, torch.Tensor) and probe.ndim == 2:
-                return encode
+                return Encoder(prepare, encode)
         raise ValueError(
             f"--embed-model {name} is a {encoder.config.model_type!r} model without a single "
             "feature vector per image. Pass a CLIP or SigLIP model, or omit --embed-model to use "
             "the VLM's own tower."
         )
 
-    def _open_sentence_transformer(self, name: str) -> Encode:
+    def _open_sentence_transformer(self, name: str) -> Encoder:
         encoder = load_sentence_model(name, device=str(self.device))
         try:
             encoder = encoder.to(self.dtype)
@@ -167,9 +182,9 @@ class Embedder:
                 f"--embed-model {self.name} cannot embed an image ({reason}). Pass a CLIP model of "
                 "sentence-transformers, such as sentence-transformers/clip-ViT-L-14."
             ) from error
-        return encode
+        return Encoder(lambda image: image, encode)  # the package preprocesses in `encode`
 
-    def _open_tower(self) -> Encode:
+    def _open_tower(self) -> Encoder:
         base = self.vlm_name or str(ASSETS)
         processor = load_processor(base)
         vlm: Any = load_model(base, self.dtype).eval()
@@ -177,24 +192,40 @@ class Embedder:
         if _is_plain(processor):
             tower = tower.to(self.device)
 
-            def states(images: list[Image.Image]) -> torch.Tensor:
-                pixels = self._inputs(processor.image_processor, images)["pixel_values"]
+            def states(bundles: list[Bundle]) -> torch.Tensor:
+                pixels = self._inputs(bundles)["pixel_values"]
                 return tower(pixel_values=pixels).last_hidden_state.float().mean(1)
 
-            return states
+            return Encoder(_preprocessing(processor.image_processor), states)
         image_token, decoder = layout_of(vlm).image_token_id, vlm.model.get_decoder()
         for part in [n for n, child in vlm.model.named_children() if child is decoder]:
             setattr(vlm.model, part, None)
         encoder: Any = SimpleNamespace(model=vlm.model.to(self.device))
 
-        def encode(images: list[Image.Image]) -> torch.Tensor:
-            encoded = [_bundle(processor, image, image_token) for image in images]
-            bundles, tokens = zip(*encoded, strict=True)
+        processors = Copies(processor)
+
+        def prepare(image: Image.Image) -> tuple[Bundle, int]:
+            with processors.borrow() as own:
+                return _bundle(own, image, image_token)
+
+        def encode(prepared: list[tuple[Bundle, int]]) -> torch.Tensor:
+            bundles, tokens = zip(*prepared, strict=True)
             batch = collate(bundles, tokens).to(self.device, self.dtype)
             by_image = features(encoder, batch)
             return torch.stack([next(iter(f.values())).float().mean(0) for f in by_image])
 
-        return encode
+        return Encoder(prepare, encode)
+
+
+def _preprocessing(processor: Any) -> Callable[[Image.Image], Bundle]:
+    """Thread-safe preprocessing of an image by an image processor."""
+    processors = Copies(processor)
+
+    def prepare(image: Image.Image) -> Bundle:
+        with processors.borrow() as own:
+            return bundle_of(own(images=[image], return_tensors="pt"))
+
+    return prepare
 
 
 def _is_plain(processor: Any) -> bool:
@@ -204,9 +235,7 @@ def _is_plain(processor: Any) -> bool:
     return len(shapes) == 2 and len(set(shapes)) == 1 and len(shapes[0]) == 4 and shapes[0][0] == 1
 
 
-def _bundle(
-    processor: Any, image: Image.Image, image_token: int
-) -> tuple[dict[str, torch.Tensor], int]:
+def _bundle(processor: Any, image: Image.Image, image_token: int) -> tuple[Bundle, int]:
     """Image inputs of a prompt with one image, and the number of its image tokens."""
     if max(image.size) > _SIDE:
         image = image.copy()

@@ -44,7 +44,8 @@ class Answer(ChatStage):
         left_out = []
         asked_ids, requests = [], []
         unanswered = [row for row in inputs["read"] if not row["chosen"]]
-        images = load_in_threads(chat_images, map(images_of, unanswered))
+        workers = self.config.worker_threads
+        images = load_in_threads(chat_images, map(images_of, unanswered), workers)
         for row, loaded in zip(unanswered, images, strict=True):
             if isinstance(loaded, ImageError):
                 left_out.append(self.invalid(row["id"], loaded.reason, loaded.detail))

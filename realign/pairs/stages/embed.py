@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
+from realign.modeling.prefetch import ahead
 from realign.pairs.io.images import ImageError
 from realign.pairs.io.rows import InvalidRecord, Row, files_digest, images_of
 from realign.pairs.retrieval.embed import Embedder
 from realign.pairs.retrieval.phash import perceptual_hash
 from realign.pairs.stages.base import Result, Stage
 
-_SIDE = 1024  # pixels of the longer side; a batch of full-size photographs would need gigabytes
+_SIDE = 1024  # pixels of the longer side; larger images would take longer to preprocess
+_BATCHES = 2  # one for the encoder, one for the workers
 
 
 class Embed(Stage):
@@ -59,26 +61,25 @@ class Embed(Stage):
         self._embedder = None
 
     def run(self, inputs: dict[str, list[Row]], number: int) -> Result:
-        """Embeds the readable images in batches, while the next batch is decoded."""
-        assert self._embedder is not None
+        """Embeds the readable images in batches, while workers preprocess the next batch."""
+        embedder, size = self._embedder, self.config.batch_size
+        assert embedder is not None
         rows, left_out = [], []
-        sources, size = inputs["read"], self.config.batch_size
-        batches = [sources[i : i + size] for i in range(0, len(sources), size)]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            pending = [pool.submit(self._decode, row) for row in (batches or [[]])[0]]
-            for following in [*batches[1:], []]:
-                decoded = [future.result() for future in pending]
-                pending = [pool.submit(self._decode, row) for row in following]
-                left_out += [entry for entry in decoded if isinstance(entry, InvalidRecord)]
-                readable = [entry for entry in decoded if not isinstance(entry, InvalidRecord)]
-                self.tick(len(decoded))
-                vectors = self._embedder([image for image, _ in readable])
+        tasks = (partial(self._prepare, row) for row in inputs["read"])
+        workers, depth = self.config.worker_threads, _BATCHES * size
+        with ahead(tasks, embedder.device, workers=workers, depth=depth) as entries:
+            while batch := list(islice(entries, size)):
+                left_out += [entry for entry in batch if isinstance(entry, InvalidRecord)]
+                readable = [entry for entry in batch if not isinstance(entry, InvalidRecord)]
+                self.tick(len(batch))
+                vectors = embedder.encode([prepared for prepared, _ in readable])
                 for (_, row), vector in zip(readable, vectors, strict=True):
                     rows.append(row | {"embedding": vector})
         return rows, left_out
 
-    def _decode(self, row: Row) -> tuple[Image.Image, Row] | InvalidRecord:
-        """The first image, reduced in size, and all columns except the embedding."""
+    def _prepare(self, row: Row) -> tuple[Any, Row] | InvalidRecord:
+        """The first image, preprocessed, and all columns except the embedding."""
+        assert self._embedder is not None
         try:
             decoded = [stored.decode() for stored in images_of(row)]
             if not decoded:
@@ -88,4 +89,5 @@ class Embed(Stage):
         image = decoded[0][0]
         columns = {"id": row["id"], "phash": perceptual_hash(image), "size": image.size}
         image.thumbnail((_SIDE, _SIDE))
-        return image, columns | {"plain": [plain for _, plain in decoded]}
+        prepared = self._embedder.prepare(image)
+        return prepared, columns | {"plain": [plain for _, plain in decoded]}
