@@ -150,7 +150,8 @@ BAD = {  # problem: (item, message)
         both(question=ASK, rejected_image_path="b.jpg", **IMAGE),
         r"\['rejected_image_path'\] are unknown",
     ),
-    "image under another name": (both(question=ASK, photo_url="a.jpg"), "'photo_url'.* unknown"),
+    "image under another name": (both(question=ASK, picture="a.jpg"), "'picture'.* unknown"),  # codespell:ignore
+    "image's address": (both(question=ASK, photo_url="a.jpg"), "'photo_url'.* unknown"),
     "context": (both(question=ASK, context="A room.", **IMAGE), r"\['context'\] are unknown"),
     "lost image": (both(question="<image>\nWhat is it?"), "places an image, and it has no image"),
     "nested text": ({"text": json.dumps(both(question=ASK, y="C")), **IMAGE}, "unknown keys"),
