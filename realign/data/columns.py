@@ -47,7 +47,8 @@ _FACTS += (
 )
 _FACTS += "tokens count cnt num rank width height size hash sha sha256 md5 category class split "
 _FACTS += "dataset lang language time date version license domain tag tags url path file filename"
-_IMAGES = frozenset("image images img imgs photo photos pic pics".split()) | {
+_IMAGES = {
+    *("image", "images", "img", "imgs", "photo", "photos", "pic", "pics"),
     "picture",  # codespell:ignore
     "pictures",  # codespell:ignore
 }

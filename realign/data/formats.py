@@ -452,7 +452,7 @@ def _check_text_only(item: Mapping[str, Any], entry: Entry) -> None:
 
     A row that names its image in an unknown column, or in the prompt, has lost it.
     """
-    named = [k for k in item if names_image(str(k)) and not is_empty(item[k]) and item[k] != 0]
+    named = [k for k in item if names_image(str(k)) and not (is_empty(item[k]) or item[k] is False)]
     if named:
         raise Malformed(
             f"it has no image in images or image, and its keys {short_repr(named)} are unknown.",

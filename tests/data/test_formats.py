@@ -150,7 +150,7 @@ BAD = {  # problem: (item, message)
         both(question=ASK, rejected_image_path="b.jpg", **IMAGE),
         r"\['rejected_image_path'\] are unknown",
     ),
-    "image under another name": (both(question=ASK, picture="a.jpg"), "'picture'.* unknown"),  # codespell:ignore
+    "image under another name": (both(question=ASK, photo="a.jpg"), r"\['photo'\] are unknown"),
     "image's address": (both(question=ASK, photo_url="a.jpg"), "'photo_url'.* unknown"),
     "context": (both(question=ASK, context="A room.", **IMAGE), r"\['context'\] are unknown"),
     "lost image": (both(question="<image>\nWhat is it?"), "places an image, and it has no image"),
