@@ -70,6 +70,8 @@ class CacheConfig:
 class FillConfig:
     pairs: str | None = None
     """Parquet file, or folder of such files, of preference pairs. Required."""
+    split: str | None = None
+    """Split of --pairs, for a name on the Hub or a folder of several splits."""
     image_folder: str | None = None
     """Folder that contains the images and that image paths in --pairs are relative to. An image
     outside of it is an error. Without it, the folder of --pairs."""
@@ -126,6 +128,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         config.pairs,
         LossConfig(objective=config.objective),
         image_folder=config.image_folder,
+        split=config.split,
         dtype=dtype,
         weights_dtype=dtype,
         attention=attends,

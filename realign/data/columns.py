@@ -47,8 +47,11 @@ _FACTS += (
 )
 _FACTS += "tokens count cnt num rank width height size hash sha sha256 md5 category class split "
 _FACTS += "dataset lang language time date version license domain tag tags url path file filename"
-_IMAGE_WORDS = "image images img imgs photo photos picture pictures"  # codespell:ignore
-_IMAGES = frozenset(_IMAGE_WORDS.split())
+_IMAGES = {
+    *("image", "images", "img", "imgs", "photo", "photos", "pic", "pics"),
+    "picture",  # codespell:ignore
+    "pictures",  # codespell:ignore
+}
 _SIDE_WORDS = frozenset(_SIDES.split())
 _WORDS = _SIDE_WORDS | frozenset(_OTHERS.split()) | _IMAGES
 _FACT_WORDS = frozenset(_FACTS.split())

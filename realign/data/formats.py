@@ -220,7 +220,7 @@ def of_sentinel(item: Mapping[str, Any]) -> list[Entry]:
 
     def answer(name: str) -> Any:
         text = item.get(name)
-        if is_empty(context) or is_empty(text) or not isinstance(text, str):
+        if not context or not text or not isinstance(text, str):
             return text
         return f"{context.rstrip()} {text.lstrip()}"
 
@@ -452,7 +452,7 @@ def _check_text_only(item: Mapping[str, Any], entry: Entry) -> None:
 
     A row that names its image in an unknown column, or in the prompt, has lost it.
     """
-    named = [k for k in item if names_image(str(k)) and not is_empty(item[k]) and item[k] != 0]
+    named = [k for k in item if names_image(str(k)) and not (is_empty(item[k]) or item[k] is False)]
     if named:
         raise Malformed(
             f"it has no image in images or image, and its keys {short_repr(named)} are unknown.",
@@ -557,7 +557,7 @@ def _rating(completion: Mapping[str, Any]) -> float | None:
     """The rating of a completion: its score, or the mean over aspects. None if it has none."""
     annotations = completion.get("annotations")
     if (score := completion.get("score")) is not None:
-        values = [score]
+        values: list[Any] = [score]
     elif isinstance(annotations, Mapping):
         aspects = annotations.values()
         values = [a.get("Rating") if isinstance(a, Mapping) else None for a in aspects]

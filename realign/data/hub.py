@@ -32,7 +32,7 @@ class _NoFolder(DataFolder):
         raise ImageError(
             "missing",
             f"{shorten(repr(path))} is a path, and a data set of the Hub has no folder. Download "
-            "it with `hf download NAME --repo-type dataset` and pass its folder, or --image-folder",
+            "it with `hf download` and pass its folder, or --image-folder",
         )
 
 

@@ -150,14 +150,15 @@ def description_of(path: Path) -> dict[str, Any]:
     if any(other != found[0] for other in found):
         raise ValueError(f"{info} describes {path.name} several times. Keep one description.")
     description = found[0] if found else {}
-    if any(not isinstance(description.get(k, {}), dict) for k in ("columns", "tags")):
-        raise ValueError(f"{info}: columns and tags of {path.name} must be objects.")
+    for part in (description.get("columns", {}), description.get("tags", {})):
+        if not isinstance(part, dict) or not all(isinstance(v, str) for v in part.values()):
+            raise ValueError(f"{info}: columns and tags of {path.name} must be objects with texts.")
     return description if description.get("columns") or description.get("tags") else {}
 
 
 def described_columns(description: Mapping[str, Any]) -> list[str]:
     """The names of the columns in a description."""
-    return [name for name in description.get("columns", {}).values() if isinstance(name, str)]
+    return list(description.get("columns", {}).values())
 
 
 def renamed(item: Any, description: Mapping[str, Any]) -> Any:

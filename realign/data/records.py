@@ -291,7 +291,10 @@ def _record(name: str, entry: Entry, row: Mapping[str, Any], folder: DataFolder 
     responses = {"chosen": chosen, "rejected": rejected}
     responses |= {"retrieved_chosen": preferred} if preferred else {}
     if blank := [column for column, text in responses.items() if not text.strip()]:
-        raise Malformed(f"its {blank[0]} response is empty.", "Write one or remove the record.")
+        raise Malformed(
+            f"its {blank[0]} response is empty.",
+            "Write one or remove the record. `python -m realign.pairs` makes rejected responses.",
+        )
     return Record(
         name,
         tuple(entry.prompt),

@@ -39,10 +39,9 @@ def records_of(rows: Records) -> list[Record]:
         )
     if hasattr(rows, "with_format") and not hasattr(rows, "__len__"):
         raise ValueError("a streaming data set has no length. Load it without streaming=True.")
-    if hasattr(rows, "with_format") and rows.format["type"] != "custom":
-        if not len(rows):
-            raise ValueError(f"the data set holds no records. {_GIVE}.")
-        return list(stream_rows(rows))
+    dataset: Any = rows if hasattr(rows, "with_format") else None
+    if dataset is not None and len(dataset) and dataset.format["type"] != "custom":
+        return list(stream_rows(dataset))
     listed = list(_listed(rows))
     if not listed:
         raise ValueError(f"the data set holds no records. {_GIVE}.")

@@ -150,7 +150,8 @@ BAD = {  # problem: (item, message)
         both(question=ASK, rejected_image_path="b.jpg", **IMAGE),
         r"\['rejected_image_path'\] are unknown",
     ),
-    "image under another name": (both(question=ASK, photo_url="a.jpg"), "'photo_url'.* unknown"),
+    "image under another name": (both(question=ASK, photo="a.jpg"), r"\['photo'\] are unknown"),
+    "image's address": (both(question=ASK, photo_url="a.jpg"), "'photo_url'.* unknown"),
     "context": (both(question=ASK, context="A room.", **IMAGE), r"\['context'\] are unknown"),
     "lost image": (both(question="<image>\nWhat is it?"), "places an image, and it has no image"),
     "nested text": ({"text": json.dumps(both(question=ASK, y="C")), **IMAGE}, "unknown keys"),
@@ -314,6 +315,32 @@ def test_a_meta_file_may_begin_with_its_folders_name_and_repeats_are_reported(fo
     (record,) = read_pairs(inside / "meta.json")
     assert _images(record.images) == "a"
     assert "repeat_time of 1 data set(s) is not applied" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"columns": {"prompt": ["question"]}}], "must be objects with texts"),
+        ([{"columns": "question"}], "must be objects with texts"),
+        ([{"columns": {"prompt": "question"}}, {"columns": {"prompt": "ask"}}], "several times"),
+    ],
+)
+def test_a_description_of_another_form_is_refused(entries, message, folder):
+    (folder / "data.jsonl").write_text(json.dumps(both(question=ASK, **IMAGE)))
+    entries = {str(i): entry | {"file_name": "data.jsonl"} for i, entry in enumerate(entries)}
+    (folder / "dataset_info.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=message):
+        read_pairs(folder / "data.jsonl")
+
+
+def test_a_described_column_keeps_unknown_sides(folder):
+    """Columns that the description does not name are judged as in other files."""
+    item = both(ask=ASK, reject="C", **IMAGE)
+    (folder / "data.jsonl").write_text(json.dumps(item))
+    info = {"x": {"file_name": "data.jsonl", "ranking": True, "columns": {"prompt": "ask"}}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(RecordError, match=r"keys \['reject'\] are unknown"):
+        read_pairs(folder / "data.jsonl")
 
 
 def test_json_lines_may_have_the_suffix_json(folder):

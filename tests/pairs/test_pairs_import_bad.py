@@ -13,7 +13,7 @@ from import_cases import COCO, LLAVA, REALIGN, assistant, read_all, text, user, 
 from PIL import Image
 
 from realign.data.errors import Malformed
-from realign.data.formats import FORMATS
+from realign.data.formats import FORMATS, entries_of
 from realign.pairs.io.importers import read_any
 from realign.pairs.io.rows import InvalidRecord
 from realign.pairs.io.texts import placed, problem_of
@@ -114,7 +114,12 @@ def test_tags_are_places_of_images():
 
 ROLES = ("system", "user", "assistant")
 KEYS = ["role", "content", "from", "value", "type", "text", "id", "image", "caption", "file_name"]
-COLUMNS = "conversations image images chosen rejected prompt question answer id retrieved_image"
+COLUMNS = "conversations image images chosen rejected prompt question answer id retrieved_image "
+COLUMNS += "messages rejected_images rejected_response instruction input history query output_1 "
+COLUMNS += (
+    "output_2 preference completions y_win y_lose context queries AI_pseudo_response img_path "
+)
+COLUMNS += "original_generate_response image_bytes text system reject"
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(ROLES),
     lambda inner: (
@@ -127,9 +132,9 @@ JSON = st.recursive(
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(item=st.dictionaries(st.sampled_from(COLUMNS.split()), JSON))
 def test_any_json_is_a_record_or_malformed(item):
-    for name in FORMATS.keys() - {"coco", "coco:all"}:
+    for name in FORMATS.keys() - {"coco", "coco:all"} | {"auto"}:
         try:
-            entries = FORMATS[name].read(item)
+            entries = entries_of(item, name)
         except Malformed as error:
             assert str(error)
             continue

@@ -21,8 +21,9 @@ OPTIONS = {
     config.ModelConfig: """
         model=None tune=lora lora_rank=128 lora_alpha=256.0 train_vision=False dtype=auto
         attention=auto""",
-    config.DataConfig: "pairs=None image_folder=None max_response_tokens=1024 "
-    "workers=None row_tokens=0",
+    config.DataConfig: """
+        pairs=None split=None image_folder=None max_response_tokens=1024 workers=None
+        row_tokens=0""",
     config.LossConfig: "objective=rdpo beta=0.1 visual_weight=1.0",
     config.OptimConfig: """
         learning_rate=0.0 weight_decay=0.0 warmup=0.03 clip=1.0 batch_size=32 micro_batch_size=16
@@ -36,11 +37,11 @@ OPTIONS = {
         quiet=False""",
     CacheConfig: "reference_cache=None",
     FillConfig: """
-        pairs=None image_folder=None model=None objective=rdpo dtype=auto attention=tree
+        pairs=None split=None image_folder=None model=None objective=rdpo dtype=auto attention=tree
         max_response_tokens=1024 workers=None row_tokens=0 batch_rows=32 fsdp=False nproc_per_node=0
         quiet=False""",
     PairsConfig: """
-        output=runs/pairs.parquet data=None format=auto image_folder=None model=None
+        output=runs/pairs.parquet data=None split=None format=auto image_folder=None model=None
         embed_model=None dtype=fp32 scenes=1024 answer=None k=10 index=auto ceiling=0.999
         floor=-1.0 hash_distance=8 masker=rules mask= segments=1 share=None refill=infill
         engine=None candidates=1 temperature=0.0 tau=1.0 similarity=lexical margin=False
