@@ -27,7 +27,6 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from realign.data.errors import RecordError, RecordErrors
 from realign.terminal import show
 
 T = TypeVar("T")
@@ -280,40 +279,6 @@ def workers_of_rank(workers: int | None) -> int:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(8, max(1, (cores or 1) // local_share()[1] - 1))
-
-
-def raise_anywhere(errors: Sequence[Exception]) -> None:
-    """Raise an error of any rank on all ranks: first those that do not belong to a record.
-
-    Every rank must call it.
-
-    Raises:
-        OSError, ValueError: the first of the errors. That of a record counts the others.
-    """
-    records = RecordErrors()
-    for error in gather(errors):
-        if not isinstance(error, RecordError):
-            raise error
-        records.add(error)
-    records.check()
-
-
-def first_on_machine(action: Callable[[], T]) -> T:
-    """The result of an action, done by one rank of each machine before the others.
-
-    Raises:
-        OSError, ValueError: on all ranks, if any rank raises it.
-    """
-    outcome: list[T] = []
-    errors: list[Exception] = []
-    for turn in (True, False):
-        if turn == (local_share()[0] == 0) and not errors:
-            try:
-                outcome.append(action())
-            except (ValueError, OSError) as error:
-                errors.append(error)
-        raise_anywhere(errors)
-    return outcome[0]
 
 
 def mark_ranks_diverged() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from realign.data.ranks import first_on_machine
 from realign.data.record_table import RecordTable, open_converted, open_table, table_of
-from realign.distributed import first_on_machine
 from realign.files import read_json
 from realign.hf.records import records_of, stream_rows
 from realign.modeling.forest import Example

@@ -24,6 +24,7 @@ import transformers
 from realign import distributed
 from realign.config import LossConfig
 from realign.data.errors import Malformed, RecordError
+from realign.data.ranks import raise_anywhere
 from realign.data.record_table import ImageFacts, RecordTable, Row, table_of
 from realign.data.records import Record
 from realign.files import open_regular, replacing
@@ -214,7 +215,7 @@ def encode_table(
                 bar.update(len(rows))
     except (ValueError, OSError) as error:
         errors.append(error)
-    distributed.raise_anywhere(errors)
+    raise_anywhere(errors)
     if folder is not None:
         batches = {number: _chunk(folder, number) for number in numbers}
     chunks = [Chunk(batches[n], table, n * _CHUNK, None) for n in numbers]

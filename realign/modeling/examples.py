@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from realign.data.record_table import RecordTable
-from realign_kernels import Objective, collect_leaves
-from realign_kernels.refcache.keys import KEY, Leaves
+from realign_kernels import Objective, collect_leaves, refcache
 
 _KEYS = pa.list_(pa.binary(16))
 _IDS = pa.list_(pa.list_(pa.int32()))
@@ -296,7 +295,7 @@ class Examples(Sequence[Example]):
         return int(sizes.max(initial=0))
 
     @cached_property
-    def leaves(self) -> Leaves:
+    def leaves(self) -> refcache.Leaves:
         """Keys and lengths of all leaves, equal to `collect_leaves` of all examples."""
         roots = [root for root, _ in self._leaves]
         keys = self._all("root_keys", self._roots)[:, roots].ravel()
@@ -308,7 +307,7 @@ class Examples(Sequence[Example]):
         rank[order] = np.arange(len(order))
         count = len(self._leaves)
         pairs = np.stack(np.divmod(np.arange(len(keys)), count), axis=1)
-        return Leaves(
+        return refcache.Leaves(
             keys=self._all("leaf_keys", 1).ravel(),
             lengths=self._all("leaf_lengths", 1).ravel().astype(np.int32),
             pairs=pairs,
@@ -318,7 +317,7 @@ class Examples(Sequence[Example]):
         )
 
 
-def leaves_of(examples: Sequence[Example]) -> Leaves:
+def leaves_of(examples: Sequence[Example]) -> refcache.Leaves:
     """Keys and lengths of all leaves of examples."""
     return examples.leaves if isinstance(examples, Examples) else collect_leaves(examples)
 
@@ -339,5 +338,5 @@ def _of(nested: tuple[np.ndarray, np.ndarray, np.ndarray], index: int) -> Iterat
 def key_array(values: pa.Array) -> np.ndarray:
     """Keys as an array, (keys,) V16."""
     if not len(values):
-        return np.zeros(0, KEY)
-    return np.frombuffer(values.buffers()[1], KEY, len(values), 16 * values.offset)
+        return np.zeros(0, refcache.KEY)
+    return np.frombuffer(values.buffers()[1], refcache.KEY, len(values), 16 * values.offset)

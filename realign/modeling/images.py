@@ -28,7 +28,7 @@ from realign.data.record_table import ImageFacts, RecordTable
 from realign.modeling.examples import BLANK, COLUMNS, Chunk, Examples, UsedImage, key_array
 from realign.modeling.layouts import Layout
 from realign.modeling.prefetch import Copies
-from realign_kernels.refcache.keys import KEY
+from realign_kernels import refcache
 
 Bundle = dict[str, torch.Tensor]
 """Output of the processor for one image, by the argument names of `get_image_features`."""
@@ -248,7 +248,7 @@ class ImageStore:
         chunks = [np.full(len(c.images.values), i, np.int32) for i, c in enumerate(self._chunks)]
         keys = [key_array(chunk.images.values.field("key")) for chunk in self._chunks]
         self._sorted, first = np.unique(
-            np.concatenate([*keys, np.zeros(0, KEY)]).view("S16"), return_index=True
+            np.concatenate([*keys, np.zeros(0, refcache.KEY)]).view("S16"), return_index=True
         )
         starts = np.append(0, np.cumsum([len(part) for part in chunks], dtype=np.int64))
         self._chunk_of = np.concatenate([*chunks, np.zeros(0, np.int32)])[first]
@@ -260,7 +260,7 @@ class ImageStore:
 
     def keys(self) -> Iterator[str]:
         """Keys of all images, in the order of their first use."""
-        return (bytes(key).hex() for key in self._sorted.view(KEY)[self._order])
+        return (bytes(key).hex() for key in self._sorted.view(refcache.KEY)[self._order])
 
     def _used(self, key: str) -> tuple[Chunk, int, UsedImage]:
         """The chunk, index of the record in it, and the place of an image."""

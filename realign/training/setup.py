@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from realign import distributed
 from realign.config import LossConfig, TrainConfig
+from realign.data.ranks import first_on_machine
 from realign.data.record_table import open_table
 from realign.modeling import feature_cache, reference_logps
 from realign.modeling.encode import encode_table, make_objective
@@ -83,9 +84,7 @@ def load_inputs(
         base = Path(base).resolve()
     processor = load_processor(base)
     convert = partial(track, title="reading records", unit="records", quiet=not progress)
-    table = distributed.first_on_machine(
-        lambda: open_table(pairs, image_folder, split=split, progress=convert)
-    )
+    table = first_on_machine(lambda: open_table(pairs, image_folder, split=split, progress=convert))
     if table.skipped:
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in table.skipped.items())
         distributed.log_rank0(f"skipped records of {pairs}: {skipped}")

@@ -9,8 +9,11 @@ from realign_kernels.refcache.cache import (
     inspect,
     tables,
 )
+from realign_kernels.refcache.keys import KEY, Leaves
 
 __all__ = [
+    "KEY",
+    "Leaves",
     "MissingReferences",
     "ReferenceCache",
     "References",
