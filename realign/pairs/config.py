@@ -22,7 +22,12 @@ _RAY = re.compile(r"local(:[1-9]\d*)?|auto|(?!local:).+:\d+")
 _OF_ENDPOINTS = ("concurrency", "requests_per_minute", "price_in", "price_out")
 _LARGEST = sys.float_info.max
 _RANGES = (  # names, minimum, maximum, message
-    (("scenes", "k", "reach", "candidates", "shard", "batch_size"), 1, _LARGEST, "it must be at least 1."),
+    (
+        ("scenes", "k", "reach", "candidates", "shard", "batch_size"),
+        1,
+        _LARGEST,
+        "it must be at least 1.",
+    ),
     (("hash_distance",), -1, 63, "it must be from -1 to 63 bits."),
     (("segments", "temperature"), 0, _LARGEST, "it must be finite, and 0 or more."),
     (("max_bad", "keep_target"), 0, 1, "it must be from 0 to 1."),

@@ -123,13 +123,15 @@ class Retrieve(Stage):
         file = self.folder / "responses.parquet"
         if footer(file).get(INPUTS_KEY) == self.shared.encode():
             return
-        texts: list[str] = []
+        texts: list[pa.Array] = []
         for number in embedded.done():
             columns = answered.table(number, ["id", "chosen"]).to_pydict()
             chosen = dict(zip(columns["id"], columns["chosen"], strict=True))
             ids = embedded.table(number, ["id"])["id"].to_pylist()
-            texts += (_spaced(chosen.get(name) or "") for name in ids)
-        write_table(file, pa.table({"response": texts}, metadata={INPUTS_KEY: self.shared}))
+            words = [_spaced(chosen.get(name) or "") for name in ids]
+            texts.append(pa.array(words, pa.string()))
+        table = pa.table({"response": pa.chunked_array(texts)})
+        write_table(file, table.replace_schema_metadata({INPUTS_KEY: self.shared}))
 
     def _save_index(self, rows: pa.Table) -> None:
         """Builds the indices of approximate search once. Every process loads them."""

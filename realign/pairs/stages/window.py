@@ -1,9 +1,10 @@
 """Window stage: tries settings of the neighbours and masks on a sample, for `--keep-target`.
 
-A window says how far from an image its neighbours may be, and how much of a response is hidden.
-`choose` first tries the given settings. If they keep too few records, it tries windows further out.
-A `Trial` runs the later stages on a sample of at most `SAMPLE` records with the vectors of all. So
-the choice depends only on the data and the settings, and a stopped run makes the same choice.
+A window is the range of similarity in which neighbours are searched, and the share of a response
+that is hidden. `choose` first tries the given settings. If they keep too few records, it tries
+windows further out. A `Trial` runs the later stages on a sample of at most `SAMPLE` records with
+the vectors of all. So the choice depends only on the data and the settings, and a stopped run makes
+the same choice.
 """
 
 from __future__ import annotations
@@ -64,12 +65,11 @@ class Trial(ChatStage):
     )
 
     def __init__(self, config: PairsConfig, given: PairsConfig) -> None:
-        # The reference model measures windows only in this process, and never the given settings.
-        self.measures = config is not given and (config.refill == "infill" or config.margin)
         if config.negative == "random":  # the sample has no random records
             config = replace(config, negative="retrieved")
         super().__init__(config)
         self._given = given
+        self._measures = config.refill == "infill" or config.margin  # the model is in this process
         self._retrieve, self._mask = Retrieve(config), Mask(config)
         self._refill, self._filter = Refill(config), Filter(config)
         self.needs = tuple(dict.fromkeys(("read", "embed", config.response_stage)))
@@ -84,7 +84,7 @@ class Trial(ChatStage):
         """The settings of the stages that the trial runs, and the target."""
         stages = (self._retrieve, self._mask, self._refill, self._filter)
         settings: Row = {stage.name: stage.settings() for stage in stages}
-        measured_from = self.config.keep_target if self.measures else None
+        measured_from = self.config.keep_target if self._measures else None
         return settings | {"measured from": measured_from, "seed": self.config.seed}
 
     def prepare(self) -> None:
@@ -137,7 +137,7 @@ class Trial(ChatStage):
         reasons |= {row["id"]: "" for row in sample["filter"]}
         margins: dict[str, float | None] = {}
         target = self.config.keep_target
-        if self.measures and len(sample["filter"]) >= target * len(reasons):
+        if self._measures and len(sample["filter"]) >= target * len(reasons):
             margins = self._margins(sample)
         rows = [{"id": n, "reason": r, "margin": margins.get(n)} for n, r in reasons.items()]
         return rows, []
@@ -163,7 +163,8 @@ class Trial(ChatStage):
         accepted = by_id(sample["filter"])
         if self.config.margin:
             return {name: row["visual_margin"] for name, row in accepted.items()}
-        assembler = Assembler(self.config, self._filter.folders)
+        config = replace(self.config, negative="retrieved")  # whether the neighbour differs
+        assembler = Assembler(config, self._filter.folders)
         records = assembler.records(sample, 0, accepted)
         model = load_vlm(self.config.base, self.config.dtype)
         cache = str(self.folder / "references")
@@ -224,6 +225,18 @@ class TrialResult:
         """Share of the records with a pair whose visual margin, if measured, is above 0."""
         return (self.kept if self.positive is None else self.positive) / max(1, self.records)
 
+    @property
+    def movable(self) -> float:
+        """Share of the records that another window may keep."""
+        return 1 - self.share - self.reasons["nothing to mask"] / max(1, self.records)
+
+    def __str__(self) -> str:
+        parts = [f"{self.share:.0%}"]
+        if self.positive is not None:
+            parts.append(f"{self.measure:.0%} with a visual margin above 0")
+        parts += [f"{count:,} {reason}" for reason, count in self.reasons.most_common(1)]
+        return f"{parts[0]} ({', '.join(parts[1:])})" if parts[1:] else parts[0]
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -233,10 +246,9 @@ class Choice:
         target: `--keep-target`.
         moves: settings that differ from the given ones.
         given: result of the given settings. None if nothing could be moved.
-        chosen: result of the window.
+        chosen: result of the window. None if nothing could be moved.
         tried: number of windows tried, including the given one.
-        reached: number of windows among which the visual margin decided. 0 means that no window
-            reached the target.
+        reached: number of these windows that keep the target share.
     """
 
     target: float
@@ -259,37 +271,32 @@ class Choice:
         kept = f"kept {pairs:,} of {records:,} records ({pairs / records:.0%})"
         target = f"--keep-target {self.target:g}"
         if self.given is None or self.chosen is None:
-            fixed = f"{target} moved nothing, because the settings that it can move are given."
-            return f"{kept}. {fixed}" + f" {remedy}" * below
-        sample = f"a sample of {self.given.records:,}"
-        as_given = f"{self.given.share:.0%}{_main_reason(self.given.reasons)}"
+            given = f"{target} moved nothing, because the settings that it can move are given."
+            return f"{kept}. {given}" + f" {remedy}" * below
+        flags = [f"--{name} {value}" for name, value in self.moves.items()]
+        window = " ".join(flags) or "the given settings"
+        sample = f"On a sample of {self.given.records:,}, the given settings keep {self.given}"
+        if flags:
+            sample += f", and this window keeps {self.chosen}"
         if not self.reached:
-            best = f"The best, {self._flags()}, keeps {self.chosen.share:.0%} of {sample}"
-            count = f"none of {self.tried} windows reaches {target}"
-            return f"{kept}: {count}. {best}{_main_reason(self.chosen.reasons)}. {remedy}"
-        short = f" This is below {target}, because the sample kept more." * below
-        if not self.moves:
-            return f"{kept}. The given settings reach {target} on {sample} ({as_given}).{short}"
-        why = "It is the first window that reaches the target."
-        if self.chosen.positive is not None:
-            why = (
-                f"Its visual margin is above 0 for {self.chosen.measure:.0%}. It is the nearest of "
-                f"{self.reached} windows within {100 * _NOISE:.0f} points of the best such share."
-            )
-        return (
-            f"{kept} with {self._flags()}, chosen for {target}. On {sample}, it keeps "
-            f"{self.chosen.share:.0%}, and the given settings {as_given}. {why}{short}"
-        )
-
-    def _flags(self) -> str:
-        flags = (f"--{name.replace('_', '-')} {value}" for name, value in self.moves.items())
-        return " ".join(flags) or "the given settings"
+            reason = f"{self.tried} windows were tried, and none reaches {target}"
+            return f"{kept} with {window}. {sample}. {reason}. {remedy}"
+        if self.chosen.measure >= self.target:
+            reason = f"It is the nearest window that reaches {target}"
+        else:
+            reason = f"{self.reached} of {self.tried} windows reach {target}, and it has the most "
+            reason += f"margins above 0 of these, within {100 * _NOISE:.0f} points"
+        short = " The sample kept more than the other records." * below
+        return f"{kept} with {window}. {sample}. {reason}.{short}"
 
 
 def choose(config: PairsConfig) -> Generator[Stage, None, tuple[PairsConfig, Choice | None]]:
     """Choose a window. Yields trials, which the caller makes before it continues.
 
-    There are at most eight trials. Each completes at most `SAMPLE` records on `k` neighbours.
+    The first window is chosen that keeps the target share, also of pairs with a visual margin above
+    0. If no window has as many such pairs, the margins decide among windows that keep the target
+    share. If there is none, the share decides. There are at most eight trials. Each completes at
+    most `SAMPLE` records on `k` neighbours.
 
     Returns:
         The settings with the chosen window, and the choice. It is None without a target.
@@ -299,41 +306,43 @@ def choose(config: PairsConfig) -> Generator[Stage, None, tuple[PairsConfig, Cho
         return config, None
     if not config.movable:
         return config, Choice(target)
-    trial = Trial(config, config)
-    yield trial
-    given = trial.result()
-    if given.share >= target:
-        return config, Choice(target, {}, given, given, 1, 1)
-    tried = [(Moves(), given)]
-    for level in _levels(config, trial.rings() if "ceiling" in config.movable else []):
-        reached: list[tuple[Moves, TrialResult]] = []
+    tried: list[tuple[Moves, TrialResult]] = []
+
+    def chosen(moves: Moves, result: TrialResult) -> tuple[PairsConfig, Choice]:
+        reached = sum(result.share >= target for _, result in tried)
+        choice = Choice(target, moves, tried[0][1], result, len(tried), reached)
+        return replace(config, **moves), choice
+
+    given = Trial(config, config)
+    for level in _levels(config, given):
         for moves in level:
-            trial = Trial(replace(config, **moves), config)
+            trial = Trial(replace(config, **moves), config) if moves else given
             yield trial
             tried.append((moves, trial.result()))
-            if tried[-1][1].share >= target:
-                reached.append(tried[-1])
-                if not trial.measures:  # nothing could prefer a later window
-                    break
-        if reached:
-            moves, best = _first_of_best(reached, lambda result: result.measure)
-            choice = Choice(target, moves, given, best, len(tried), len(reached))
-            return replace(config, **moves), choice
-    moves, best = _first_of_best(tried, lambda result: result.share)
-    return replace(config, **moves), Choice(target, moves, given, best, len(tried))
+            if min(tried[-1][1].share, tried[-1][1].measure) >= target:
+                return chosen(*tried[-1])
+        if reached := [entry for entry in tried if entry[1].share >= target]:
+            return chosen(*_first_of_best(reached, lambda result: result.measure))
+        if tried[0][1].movable <= _NOISE:
+            break
+    return chosen(*_first_of_best(tried, lambda result: result.share))
 
 
-def _levels(config: PairsConfig, ceilings: Sequence[float]) -> list[list[Moves]]:
-    """Windows in order. The second level hides all segments, and is tried if the first fails."""
+def _levels(config: PairsConfig, given: Trial) -> Iterator[list[Moves]]:
+    """Yields windows in order, the nearest first. In the last level, all segments are hidden.
+
+    The given settings are the first window. `given` is their trial, which the caller makes then.
+    """
+    yield [{}]
     movable = config.movable
+    ceilings = given.rings() if "ceiling" in movable else []
     more = {"candidates": min(_CANDIDATES, config.k)} if "candidates" in movable else {}
     near = more | ({"reach": _SPREAD * config.k} if "reach" in movable else {})
     windows = [near, *(near | {"ceiling": ceiling} for ceiling in ceilings)]
-    levels = [[window for window in windows if window]]
+    yield [window for window in windows if window]
     if "segments" in movable:
         same = [more] if near != more else []
-        levels.append([window | {"segments": 0} for window in (*same, *windows)])
-    return levels
+        yield [window | {"segments": 0} for window in (*same, *windows)]
 
 
 def _first_of_best(
@@ -342,14 +351,6 @@ def _first_of_best(
     """The first window whose measure differs from the best only by noise."""
     best = max(measure(result) for _, result in tried)
     return next(entry for entry in tried if measure(entry[1]) >= best - _NOISE)
-
-
-def _main_reason(reasons: Counter[str]) -> str:
-    """The most common reason in parentheses, or ""."""
-    if not reasons:
-        return ""
-    ((reason, count),) = reasons.most_common(1)
-    return f" ({count} {reason})"
 
 
 def _select(file: Path, ids: set[str]) -> Iterator[Row]:
