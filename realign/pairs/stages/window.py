@@ -31,6 +31,7 @@ from realign.pairs.stages.filter import Filter
 from realign.pairs.stages.mask import Mask
 from realign.pairs.stages.refill import Refill
 from realign.pairs.stages.retrieve import Retrieve
+from realign.progress import counted
 
 SAMPLE = 200
 """Maximum number of records in the sample. The standard error of a share of 0.8 is 0.028."""
@@ -279,13 +280,15 @@ class Choice:
         if flags:
             sample += f", and this window keeps {self.chosen}"
         if not self.reached:
-            reason = f"{self.tried} windows were tried, and none reaches {target}"
+            reason = f"{counted(self.tried, 'windows')} tried, and none reaches {target}"
             return f"{kept} with {window}. {sample}. {reason}. {remedy}"
         if self.chosen.measure >= self.target:
             reason = f"It is the nearest window that reaches {target}"
         else:
-            reason = f"{self.reached} of {self.tried} windows reach {target}, and it has the most "
-            reason += f"margins above 0 of these, within {100 * _NOISE:.0f} points"
+            reason = (
+                f"It has the most pairs with such a margin, within {100 * _NOISE:.0f} points, of "
+                f"{counted(self.reached, 'windows')} that reach {target}"
+            )
         short = " The sample kept more than the other records." * below
         return f"{kept} with {window}. {sample}. {reason}.{short}"
 
@@ -314,17 +317,19 @@ def choose(config: PairsConfig) -> Generator[Stage, None, tuple[PairsConfig, Cho
         return replace(config, **moves), choice
 
     given = Trial(config, config)
-    for level in _levels(config, given):
+    reached: list[tuple[Moves, TrialResult]] = []
+    for number, level in enumerate(_levels(config, given)):
         for moves in level:
             trial = Trial(replace(config, **moves), config) if moves else given
             yield trial
             tried.append((moves, trial.result()))
             if min(tried[-1][1].share, tried[-1][1].measure) >= target:
                 return chosen(*tried[-1])
-        if reached := [entry for entry in tried if entry[1].share >= target]:
-            return chosen(*_first_of_best(reached, lambda result: result.measure))
-        if tried[0][1].movable <= _NOISE:
+        reached = [entry for entry in tried if entry[1].share >= target]
+        if number and reached or not reached and tried[0][1].movable <= _NOISE:
             break
+    if reached:
+        return chosen(*_first_of_best(reached, lambda result: result.measure))
     return chosen(*_first_of_best(tried, lambda result: result.share))
 
 
