@@ -29,7 +29,6 @@ from realign.pairs.config import PairsConfig
 from realign.pairs.infill.refill import Completion
 from realign.pairs.pipeline import build_pairs
 from realign.pairs.stages import on_ray, refill, window
-from realign.pairs.stages.base import Stage
 from realign.pairs.stages.shard import InvalidLimit
 from realign.pairs.stages.window import SAMPLE, Choice, TrialResult
 
@@ -206,7 +205,8 @@ def test_a_worker_of_ray_makes_the_same_trial(engine, tmp_path, monkeypatch):
 
     def run(self, inputs, number):
         sent = copy.copy(self)
-        sent.report, sent.tick = None, Stage.tick  # as `on_ray.make_shards` does
+        sent.report = None  # as `on_ray.make_shards` does
+        del sent.tick
         made[self.folder] = pickle.dumps(sent)
         return make(self, inputs, number)
 
