@@ -204,10 +204,11 @@ def test_a_worker_of_ray_makes_the_same_trial(engine, tmp_path, monkeypatch):
     make = window.Trial.run
 
     def run(self, inputs, number):
-        sent = copy.copy(self)
-        sent.report = None  # as `on_ray.make_shards` does
-        del sent.tick
-        made[self.folder] = pickle.dumps(sent)
+        if self.folder not in made:
+            sent = copy.copy(self)
+            sent.report = None  # as `on_ray.make_shards` does, with the tick of the class
+            vars(sent).pop("tick", None)
+            made[self.folder] = pickle.dumps(sent)
         return make(self, inputs, number)
 
     monkeypatch.setattr(window.Trial, "run", run)
