@@ -69,14 +69,17 @@ def use_arc(setattr=setattr) -> Sees:
     return engine
 
 
-def write_arc(path: Path, chosen=lambda i: f"A {colour(i)} box.") -> None:
-    """Writes the records with the response `chosen(i)` to image i."""
+def write_arc(path: Path, chosen=lambda i: f"A {colour(i)} box.", *, files=False) -> None:
+    """Writes the records with the response `chosen(i)` to image i, and `files` of images."""
     prompt = ({"role": "user", "content": "What is it?"},)
     records = []
     for i in range(COUNT):
         pixels = np.random.default_rng(i).integers(256, size=(8, 8, 3), dtype=np.uint8)
         pixels[0, 0, 0] = i
         image = StoredImage.from_pil(Image.fromarray(pixels))
+        if files:
+            (path.parent / f"{i}.png").write_bytes(image.data)
+            image = StoredImage(path=f"{i}.png")
         records.append(Record(f"{i:03d}", prompt, chosen(i), "", (image,)))
     write_pairs(path, records)
 

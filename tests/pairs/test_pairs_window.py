@@ -103,6 +103,10 @@ def test_the_margin_decides_among_windows_that_keep_enough(engine, tmp_path, mon
         pairs = [(place(r.images[0]), place(r.retrieved_images[0])) for r in records]
         return np.where([colour(a) != colour(b) for a, b in pairs], 1.0, -1.0)
 
+    def of_even(vlm, processor, records, **_):
+        even = [int(r.name) % 2 == 0 for r in records]
+        return np.where(even, margins(vlm, processor, records), -1.0)
+
     monkeypatch.setattr(refill, "infill", infilled)
     monkeypatch.setattr(refill, "check_prompt", lambda *_: None)
     monkeypatch.setattr(window, "visual_margins", margins)
@@ -113,10 +117,15 @@ def test_the_margin_decides_among_windows_that_keep_enough(engine, tmp_path, mon
     moved = build_pairs(config)
     assert moved.written == COUNT and all(own != other for own, other in _colours(moved.path))
     assert f"keep 100% ({1 - alike / COUNT:.0%} with a visual margin above 0)" in moved.window
-    monkeypatch.setattr(window, "visual_margins", lambda *a, **_: -np.ones(len(a[2])))
-    none_positive = build_pairs(replace(config, work=str(tmp_path / "other")))
-    assert none_positive.written == COUNT and "with the given settings" in none_positive.window
-    assert "of 4 windows that reach --keep-target 0.8." in none_positive.window
+    # No window has enough positive margins, so the margins decide among those that keep enough.
+    for measure, flags in (
+        (of_even, "--reach 200"),
+        (lambda *a, **_: -np.ones(COUNT), "the given"),
+    ):
+        monkeypatch.setattr(window, "visual_margins", measure)
+        report = build_pairs(replace(config, work=str(tmp_path / flags)))
+        assert report.written == COUNT and f"(100%) with {flags}" in report.window
+        assert "of 4 windows that reach --keep-target 0.8." in report.window
 
 
 def test_a_target_out_of_reach_is_stated_and_fails_nothing(engine, tmp_path):
@@ -190,13 +199,17 @@ def test_a_killed_run_continues_with_the_same_window(engine, tmp_path):
     assert engine.asked == COUNT  # one request for each record, and none for a trial
 
 
-def test_changed_data_is_tried_again(engine, tmp_path):
+def test_a_changed_image_is_tried_again(engine, tmp_path):
+    write_arc(tmp_path / "data.parquet", files=True)
     config = arc_config(tmp_path)
     build_pairs(config)
-    engine.asked = 0
-    write_arc(tmp_path / "data.parquet")  # the same records at another time
+    trials = [*config.work_folder.glob("window-*/00000.parquet")]
+    times = [trial.stat().st_mtime_ns for trial in trials]
+    (tmp_path / "0.png").write_bytes((tmp_path / "119.png").read_bytes())
     build_pairs(config)
-    assert engine.asked > 0
+    assert [*config.work_folder.glob("window-*/00000.parquet")] == trials
+    again = [trial.stat().st_mtime_ns for trial in trials]
+    assert all(after > before for before, after in zip(times, again, strict=True))
 
 
 def test_a_worker_of_ray_makes_the_same_trial(engine, tmp_path, monkeypatch):
