@@ -201,11 +201,11 @@ def test_a_killed_run_continues_with_the_same_window(engine, tmp_path):
 
 def test_a_changed_image_is_tried_again(engine, tmp_path):
     write_arc(tmp_path / "data.parquet", files=True)
-    config = arc_config(tmp_path)
+    config = arc_config(tmp_path, shard=30)
     build_pairs(config)
     trials = [*config.work_folder.glob("window-*/00000.parquet")]
     times = [trial.stat().st_mtime_ns for trial in trials]
-    (tmp_path / "0.png").write_bytes((tmp_path / "119.png").read_bytes())
+    (tmp_path / "119.png").write_bytes((tmp_path / "0.png").read_bytes())  # in the last shard
     build_pairs(config)
     assert [*config.work_folder.glob("window-*/00000.parquet")] == trials
     again = [trial.stat().st_mtime_ns for trial in trials]
