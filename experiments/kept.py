@@ -70,7 +70,7 @@ def photographs() -> Iterator[tuple[str, Image.Image]]:
         image = Image.fromarray(getattr(data, name)()).convert("RGB")
         image.thumbnail((6 * SIDE, 6 * SIDE))
         for _ in range(EACH):
-            x, y = rng.integers(image.width - SIDE), rng.integers(image.height - SIDE)
+            x, y = (int(rng.integers(length - SIDE)) for length in image.size)
             yield name.replace("_", " "), image.crop((x, y, x + SIDE, y + SIDE))
 
 
@@ -152,7 +152,7 @@ def train_both(folder: Path, seed: int) -> None:
 
 def main() -> None:
     """Parse the arguments and run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Share of records that give pairs.")
     parser.add_argument("data", choices=("copies", "digits", "photographs", "emoji"))
     parser.add_argument("--emoji", type=Path, help="folder of the unpacked package")
     parser.add_argument("--noise", type=float, default=NOISE, help="noise of the copies")
