@@ -165,6 +165,7 @@ def prepare(folder: Path, bed: Testbed, seed: int, kinds: Iterable[Pairs]) -> No
                 data=str(sources),
                 model=str(base),
                 mask="numbers",
+                keep_target=0.0,  # an arm keeps its own settings
                 seed=seed,
                 quiet=True,
                 **asdict(pairs),

@@ -23,14 +23,27 @@ _RAY = re.compile(r"local(:[1-9]\d*)?|auto|(?!local:).+:\d+")
 _OF_ENDPOINTS = ("concurrency", "requests_per_minute", "price_in", "price_out")
 _LARGEST = sys.float_info.max
 _RANGES = (  # names, minimum, maximum, message
-    (("scenes", "k", "candidates", "shard", "batch_size"), 1, _LARGEST, "it must be at least 1."),
+    (
+        ("scenes", "k", "reach", "candidates", "shard", "batch_size"),
+        1,
+        _LARGEST,
+        "it must be at least 1.",
+    ),
     (("hash_distance",), -1, 63, "it must be from -1 to 63 bits."),
     (("segments", "temperature"), 0, _LARGEST, "it must be finite, and 0 or more."),
-    (("max_bad",), 0, 1, "it must be from 0 to 1."),
+    (("max_bad", "keep_target"), 0, 1, "it must be from 0 to 1."),
     (("share",), 0, 1, "it must be above 0 and at most 1."),
     (("ceiling", "tau"), -1, 1, "it must be from -1 to 1."),
     (("seed", "workers"), 0, _LARGEST, "it must be 0 or more."),
 )
+
+
+class DefaultInt(int):
+    """An integer setting that nobody has set. It stays recognisable through `replace`."""
+
+
+class DefaultFloat(float):
+    """A fractional setting that nobody has set, like `DefaultInt`."""
 
 
 @dataclass
@@ -62,12 +75,19 @@ class PairsConfig:
     answer: str | None = None
     """Engine that writes responses for records without one: transformers:MODEL, or the URL of an
     OpenAI-compatible endpoint, http://HOST:PORT/v1#MODEL. Without it, records need a response."""
-    k: int = 10
+    keep_target: float = 0.8
+    """Share of the records that should give a pair. If a sample of the data keeps less,
+    --reach, --ceiling, --candidates and --segments are chosen on that sample. Settings that are
+    given stay as they are. 0 chooses nothing."""
+    k: int = DefaultInt(10)
     """Number of nearest neighbours to try for each image."""
+    reach: int | None = None
+    """Number of nearest images among which the --k neighbours are selected. Images whose own
+    response lacks a hidden word come first. Without it, --k."""
     index: str = "auto"
     """Index for the search of neighbours: exact, ivf or hnsw. auto is exact up to 200,000 images,
     then ivf."""
-    ceiling: float = 0.999
+    ceiling: float = DefaultFloat(0.999)
     """Images with at least this cosine similarity are duplicates, not neighbours."""
     floor: float = -1.0
     """Images with a cosine similarity below this are not neighbours. -1 sets no limit."""
@@ -79,7 +99,7 @@ class PairsConfig:
     mask: str = ""
     """Kinds of word to hide, separated by commas: numbers, attributes, relations, objects. Empty
     means all of them, or numbers for the digit scenes."""
-    segments: int = 1
+    segments: int = DefaultInt(1)
     """Number of segments to hide in a response, drawn at random. 0 hides all segments of those
     kinds."""
     share: float | None = None
@@ -91,7 +111,7 @@ class PairsConfig:
     engine: str | None = None
     """Engine for --refill prompt, as in --answer. Without it, --model completes the responses in
     this process."""
-    candidates: int = 1
+    candidates: int = DefaultInt(1)
     """Number of completions of a record that the filters --similarity, --margin and --judge may
     try."""
     temperature: float = 0.0
@@ -221,8 +241,7 @@ class PairsConfig:
                 "--mask, --segments and --share are settings of the rules and would have no effect "
                 "with an engine as --masker. Remove them."
             )
-        needs_candidates = self.judge is not None or self.margin or self.similarity != "lexical"
-        if self.candidates > 1 and not needs_candidates:
+        if self.candidates > 1 and not self.chooses_candidates:
             raise ValueError(
                 f"candidates is {self.candidates} and would have no effect: no filter chooses "
                 "among completions. Add --similarity, --margin or --judge."
@@ -230,6 +249,10 @@ class PairsConfig:
         if self.candidates > self.k:
             raise ValueError(
                 f"candidates is {self.candidates}, but --k is {self.k}; it must be at most --k."
+            )
+        if self.reach is not None and self.reach < self.k:
+            raise ValueError(
+                f"reach is {self.reach}, but --k is {self.k}; it must be at least --k."
             )
         model_is_used = self.embed_model is None or self.refill == "infill" or self.margin
         if self.model is not None and not model_is_used and self.engine is not None:
@@ -256,6 +279,21 @@ class PairsConfig:
         if not self.mask:
             return ("numbers",) if self.data is None else CATEGORIES
         return tuple(name.strip() for name in self.mask.split(",") if name.strip())
+
+    @property
+    def chooses_candidates(self) -> bool:
+        """Whether a filter chooses among several completions of a record."""
+        return self.judge is not None or self.margin or self.similarity != "lexical"
+
+    @property
+    def movable(self) -> set[str]:
+        """Settings of the neighbours and the masks that nobody has set and that have an effect."""
+        names = {"k", "ceiling"}
+        names |= {"candidates"} if self.chooses_candidates else set()
+        by_rules = self.masker in MASKERS and self.share is None
+        names |= {"segments"} if by_rules else set()
+        unset = {n for n in names if isinstance(getattr(self, n), DefaultInt | DefaultFloat)}
+        return unset - {"k"} | ({"reach"} if "k" in unset and self.reach is None else set())
 
     @property
     def base(self) -> str:

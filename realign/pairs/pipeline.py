@@ -1,8 +1,9 @@
-"""Pairs pipeline: read, answer, embed, retrieve, mask, refill on the neighbour, filter, write.
+"""Pairs pipeline: read, answer, embed, mask, retrieve, refill on the neighbour, filter, write.
 
 The pipeline follows the paper. It tries the k nearest neighbours of an image, nearest first. The
 first neighbour with a completion that passes the filters is the visual negative, and the completion
 is the rejected response. A record without such a neighbour is dropped and counted by reason.
+If a sample of the records gives too few pairs, a window of neighbours further out is chosen on it.
 An interrupted run resumes in every stage.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -33,10 +34,11 @@ from realign.pairs.stages.read import Read, digit_sources
 from realign.pairs.stages.refill import Refill
 from realign.pairs.stages.retrieve import Retrieve
 from realign.pairs.stages.runner import Outcome, RunError, Runner, note_run, sole_run
+from realign.pairs.stages.window import Choice, choose
 
 __all__ = ["STAGES", "PairsConfig", "PairsReport", "build_pairs", "digit_sources", "run_stages"]
 
-_ORDER: tuple[type[Stage], ...] = (Read, Answer, Embed, Retrieve, Mask, Refill, Filter, Derive)
+_ORDER: tuple[type[Stage], ...] = (Read, Answer, Embed, Mask, Retrieve, Refill, Filter, Derive)
 STAGES = tuple(stage.name for stage in _ORDER)
 """Names of the stages, in order."""
 
@@ -52,7 +54,7 @@ _REMEDIES = {
     "visual margin not above 0": "Use a better --model, or omit --margin.",
     "no verdict": "Use a --judge that answers yes or no.",
 }
-"""Reason for dropping a record -> remedy if all records are dropped."""
+"""Reason for dropping a record -> remedy if too many records are dropped."""
 
 _DIGITS = "the shipped digits model fills the gaps, and it was trained only on digits"
 
@@ -67,6 +69,7 @@ class PairsReport:
     seconds: float = 0.0
     bad: Counter[str] = field(default_factory=Counter)  # reason -> invalid records
     note: str = ""  # `ImagePaths.note`
+    window: str = ""  # `Choice.line`
 
     def __str__(self) -> str:
         return (
@@ -74,6 +77,7 @@ class PairsReport:
             f"dropped {_counted(self.dropped)}"
             + (f"; invalid {_counted(self.bad)}" if self.bad else "")
             + self.note
+            + (f"\n{self.window}" if self.window else "")
         )
 
 
@@ -91,7 +95,7 @@ def build_pairs(config: PairsConfig) -> PairsReport:
     check_file("--output", config.output, device=False)
     check_folder("--work", config.work_folder)
     with sole_run(config.work_folder):
-        outcome = _run(config, _ORDER)
+        outcome, choice = _run(config, _ORDER)
         assembler, paths, note = Assembler(config, outcome.folders), ImagePaths(), ""
         pairs = assembler.pairs()
         first = next(pairs, None)
@@ -108,12 +112,14 @@ def build_pairs(config: PairsConfig) -> PairsReport:
                 f"the disk of {config.output} is full. The finished shards in {config.work_folder} "
                 "are kept. Free some space and run the same command again."
             ) from error
-        note_run(config.work_folder, config.output, outcome)
+        window = choice.line(written, outcome.dropped, _remedy(outcome)) if choice else ""
+        note_run(config.work_folder, config.output, outcome, window)
         if config.data is not None:
             folder = DataFolder.of_images(Path(config.data), config.image_folder)
             note = paths.note(config.output, folder)
     seconds = time.perf_counter() - began
-    return PairsReport(Path(config.output), written, outcome.dropped, seconds, outcome.bad, note)
+    path, dropped = Path(config.output), outcome.dropped
+    return PairsReport(path, written, dropped, seconds, outcome.bad, note, window)
 
 
 def run_stages(config: PairsConfig, last: str) -> Outcome:
@@ -143,17 +149,27 @@ def run_stages(config: PairsConfig, last: str) -> Outcome:
         pending += by_name[name](config).needs
     check_folder("--work", config.work_folder)
     with sole_run(config.work_folder):
-        return _run(config, [stage for stage in _ORDER if stage.name in selected])
+        outcome, _ = _run(config, [stage for stage in _ORDER if stage.name in selected])
+    return outcome
 
 
-def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
+def _run(config: PairsConfig, kinds: Sequence[type[Stage]]) -> tuple[Outcome, Choice | None]:
     if config.model is not None:
         load_processor(config.model)  # an unknown model raises before any record is read
     absent = {Answer: config.answer is None, Derive: config.negative not in DERIVED}
-    enabled = [stage(config) for stage in stages if not absent.get(stage)]
+    enabled = [kind for kind in kinds if not absent.get(kind)]
+    choice: Choice | None = None
+
+    def stages() -> Generator[Stage]:
+        nonlocal choice
+        chosen = config
+        for kind in enabled:
+            if kind is Mask and Refill in enabled:
+                chosen, choice = yield from choose(config)
+            yield kind(chosen)
+
     runner = Runner(
         config.work_folder,
-        enabled,
         max_bad=config.max_bad,
         rejected=config.work_folder / "rejected_records.parquet",
         quiet=config.quiet,
@@ -174,16 +190,20 @@ def _run(config: PairsConfig, stages: Sequence[type[Stage]]) -> Outcome:
                 "--answer transformers:MODEL or --answer URL#MODEL."
             )
 
-    return runner.run(check)
+    return runner.run(stages(), check), choice
 
 
 def _no_pair(outcome: Outcome) -> str:
     """The error for a run without a pair, with a remedy for the most common reason."""
     if not outcome.dropped:
         return "all records are invalid. rejected_records.parquet lists them with their reasons."
-    (reason, _), *_ = outcome.dropped.most_common(1)
-    remedy = _REMEDIES.get(reason, "Raise --k, or add images.")
-    return f"no record gave a pair; dropped {_counted(outcome.dropped)}. {remedy}"
+    return f"no record gave a pair; dropped {_counted(outcome.dropped)}. {_remedy(outcome)}"
+
+
+def _remedy(outcome: Outcome) -> str:
+    """The remedy for the most common reason."""
+    ((reason, _),) = outcome.dropped.most_common(1) or [("", 0)]
+    return _REMEDIES.get(reason, "Raise --k, or add images.")
 
 
 def _counted(reasons: Counter[str]) -> str:

@@ -10,8 +10,8 @@ from realign.pairs.pipeline import PairsConfig
 
 ORDER = ("read", "embed", "retrieve", "mask", "refill", "filter")
 SHARDS = 5
-SETTINGS = {"scenes": 40, "k": 4, "shard": 8, "quiet": True}
-FLAGS = ["--scenes", "40", "--k", "4", "--shard", "8", "--quiet"]
+SETTINGS = {"scenes": 40, "k": 4, "shard": 8, "keep_target": 0.0, "quiet": True}
+FLAGS = ["--scenes", "40", "--k", "4", "--shard", "8", "--keep-target", "0", "--quiet"]
 
 
 def config_in(folder: Path, **settings) -> PairsConfig:

@@ -73,6 +73,8 @@ LOCAL = "transformers:m"
         ),
         ({"candidates": 2}, "candidates is 2 and would have no effect.* --judge"),
         ({"candidates": 3, "k": 2, "margin": True}, "candidates is 3, but --k is 2; it must"),
+        ({"reach": 9}, "reach is 9, but --k is 10; it must be at least --k"),
+        ({"keep_target": float("nan")}, "keep_target is nan; it must be from 0 to 1"),
         (
             {
                 "data": "x",

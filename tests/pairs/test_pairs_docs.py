@@ -62,6 +62,7 @@ def test_every_flag_exists():
     known |= {f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig)}
     known |= {"--help", "--config", "--most", "--side", "--fsdp", "--dry-run", "--pairs"}
     known |= {"--port", "--data-parallel-size"}  # flags of vLLM
+    known |= {"--noise", "--train"}  # flags of experiments.kept
     assert set(re.findall(r"--[a-z][a-z-]+", TEXT)) <= known
 
 

@@ -215,7 +215,7 @@ def test_an_unknown_command_and_a_stage_without_engine_are_named(tmp_path, capsy
     assert main(["answer", "--output", str(tmp_path / "p.parquet")]) == 1
     err = capsys.readouterr().err
     assert (
-        "unknown command 'bake'. Name a stage to run up to (answer, embed, retrieve, mask, refill, "
+        "unknown command 'bake'. Name a stage to run up to (answer, embed, mask, retrieve, refill, "
         "filter, negative)" in err
     )
     assert "the stage answer needs an engine. Add --answer" in err

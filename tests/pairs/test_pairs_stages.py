@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from pair_runs import (
+    FLAGS,
     ORDER,
     SHARDS,
     config_in,
@@ -144,8 +145,8 @@ def test_an_engine_that_is_gone_stops_the_run_and_keeps_the_shards(
 
     fake = engine(reply)
     config = copy_run(whole_run, tmp_path, ORDER[:4])
-    flags = ["--output", config.output, "--scenes", "40", "--k", "4", "--shard", "8"]
-    assert main([*flags, "--refill", "prompt", "--quiet"]) == 1
+    flags = ["--output", config.output, *FLAGS]
+    assert main([*flags, "--refill", "prompt"]) == 1
     shown = capsys.readouterr().err
     assert "refill stopped at shard" in shown and "nobody answers at localhost" in shown
     assert len(shard_times(stage_folder(config.work_folder, "refill"))) >= 1

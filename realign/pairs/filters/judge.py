@@ -35,8 +35,11 @@ class Judge(PairFilter):
 
     def requests(self, candidates: Sequence[Candidate]) -> list[Chat]:
         """Two requests for each candidate whose images can be read."""
-        images = load_in_threads(chat_images, [c.pair.images for c in candidates])
-        negatives = load_in_threads(chat_images, [c.pair.retrieved_images for c in candidates])
+        workers = self.config.worker_threads
+        images = load_in_threads(chat_images, [c.pair.images for c in candidates], workers)
+        negatives = load_in_threads(
+            chat_images, [c.pair.retrieved_images for c in candidates], workers
+        )
         requests = []
         for candidate, image, negative in zip(candidates, images, negatives, strict=True):
             pair = candidate.pair

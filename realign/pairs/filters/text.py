@@ -29,10 +29,11 @@ def same_response(a: str, b: str) -> bool:
     Normalisation ignores case, punctuation, articles and the spelling of numbers up to twelve. For
     example, "The 2 dogs." equals "two dogs".
     """
-    return _normal(a) == _normal(b)
+    return normal_words(a) == normal_words(b)
 
 
-def _normal(text: str) -> list[str]:
+def normal_words(text: str) -> list[str]:
+    """The words of a text after the normalisation of `same_response`."""
     words = words_of(text)
     return [_SPELLED.get(word, word) for word in words if word not in _ARTICLES]
 

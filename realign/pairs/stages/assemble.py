@@ -58,7 +58,9 @@ class Derive(Stage):
         accepted = by_id(inputs["filter"])
         sources = [row for row in inputs["read"] if row["id"] in accepted]
         rows, left_out = [], []
-        negatives = load_in_threads(lambda row: derived_negatives(self.config, row), sources)
+        negatives = load_in_threads(
+            lambda row: derived_negatives(self.config, row), sources, self.config.worker_threads
+        )
         for row, images in zip(sources, negatives, strict=True):
             if isinstance(images, ImageError):  # it has changed since the embed stage
                 left_out.append(self.invalid(row["id"], images.reason, images.detail))
@@ -80,7 +82,7 @@ class Assembler:
         self._config = config
         self._folders = folders
         self._lookup = RowLookup(folders["read"])
-        self._all = read_table(folders["retrieve"] / "rows.parquet")
+        self._all = read_table(folders["retrieve"] / "rows.parquet", ["id", "plain", "shard"])
         self._hashes = read_array(folders["retrieve"] / "hashes.npy")
         self._places = lru_cache(1)(self._places_of)
         # Ids of records with an image that other readers decode to different pixels; usually few.
@@ -114,7 +116,8 @@ class Assembler:
             inputs: name of a stage -> rows, for the stages before filter. It also has the rows of
                 `Derive`, if that stage has run.
             number: number of the shard.
-            accepted: id -> row of the filter stage, or only its columns rank and rejected.
+            accepted: id -> row of the filter stage, or only its columns rank and rejected. The
+                rank is a place in the list of neighbours.
 
         Returns:
             The accepted records, in the order of the data.
@@ -137,7 +140,7 @@ class Assembler:
                 "masked": str(Masked(tuple(masked["pieces"]), tuple(masked["hidden"]))),
                 "masker": masked["masker"],
                 "neighbour": neighbour["id"],
-                "neighbour_rank": columns["rank"],
+                "neighbour_rank": neighbour["rank"],
                 "similarity": neighbour["similarity"],
                 **{name: value for name, value in columns.items() if name in PROVENANCE},
                 "negative": config.negative,

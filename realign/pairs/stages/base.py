@@ -47,6 +47,8 @@ class Stage:
         folder: folder of the shards. The runner sets `folder` and `folders` before `prepare`.
         folders: name of an earlier stage -> its folder.
         shared: digest of the inputs that all shards share. `prepare` sets it.
+        sampled: number of sampled records if the stage has one shard of a sample, or 0. `prepare`
+            sets it.
         tick: callback for the progress bar, called with a number of finished records.
     """
 
@@ -58,6 +60,7 @@ class Stage:
     folder: Path
     folders: Mapping[str, Path] = {}
     shared: str = ""
+    sampled: int = 0
     tick: Callable[[int], Any] = staticmethod(lambda records: None)
 
     def __init__(self, config: PairsConfig) -> None:

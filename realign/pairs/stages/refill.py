@@ -161,7 +161,9 @@ class Refill(ChatStage):
 
         A batch that fails is tried again in halves.
         """
-        loaded = load_in_threads(decode_images, [images_of(row) for _, row in pairs])
+        loaded = load_in_threads(
+            decode_images, [images_of(row) for _, row in pairs], self.config.worker_threads
+        )
         # If a neighbour has become unreadable since the embed stage, the next one is tried.
         readable = [
             (pair, images)
@@ -203,7 +205,9 @@ class Refill(ChatStage):
     ) -> Generator[list[Chat], list[Reply], None]:
         """Requests completions from the engine."""
         asked_tasks, requests = [], []
-        loaded = load_in_threads(chat_images, [images_of(row) for _, row in pairs])
+        loaded = load_in_threads(
+            chat_images, [images_of(row) for _, row in pairs], self.config.worker_threads
+        )
         for (task, _), images in zip(pairs, loaded, strict=True):
             if isinstance(images, ImageError):  # see `_infill`
                 continue

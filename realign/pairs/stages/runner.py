@@ -7,7 +7,7 @@ import gc
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -48,7 +48,6 @@ class Runner:
 
     Args:
         work: the work folder.
-        stages: the stages in order, starting with `Read`.
         max_bad: maximum share of invalid records.
         rejected: file that lists the invalid records, also when the run fails.
         quiet: print no lines and no progress bars.
@@ -58,7 +57,6 @@ class Runner:
     def __init__(
         self,
         work: Path,
-        stages: Sequence[Stage],
         *,
         max_bad: float,
         rejected: Path,
@@ -66,7 +64,7 @@ class Runner:
         ray: str | None = None,
     ) -> None:
         self.work = work
-        self.stages = stages
+        self.stages: list[Stage] = []
         self.max_bad = max_bad
         self.rejected = rejected
         self.quiet = quiet
@@ -76,10 +74,12 @@ class Runner:
         # Record -> index of the first stage that found it invalid, shard, entry.
         self._invalid: dict[str, tuple[int, int, InvalidRecord]] = {}
 
-    def run(self, check: Callable[[Outcome], None]) -> Outcome:
+    def run(self, stages: Iterable[Stage], check: Callable[[Outcome], None]) -> Outcome:
         """Make every missing shard.
 
         Args:
+            stages: the stages in order, starting with `Read`. Each stage is made before the next is
+                requested, so a generator can use its rows.
             check: called after the records are read. It may raise an error to stop the run.
 
         Raises:
@@ -87,15 +87,15 @@ class Runner:
             ValueError: when a setting contradicts the data.
         """
         digests: dict[str, str] = {}
-        for stage in self.stages:
-            digests[stage.name] = stage.digest(digests)
-            stage.folder = self.work / f"{stage.name}-{digests[stage.name]}"
-            stage.folders = dict(self.outcome.folders)
-            self.outcome.folders[stage.name] = stage.folder
         total = 0
         try:
             try:
-                for stage in self.stages:
+                for stage in stages:
+                    digests[stage.name] = stage.digest(digests)
+                    stage.folder = self.work / f"{stage.name}-{digests[stage.name]}"
+                    stage.folders = dict(self.outcome.folders)
+                    self.outcome.folders[stage.name] = stage.folder
+                    self.stages.append(stage)
                     Shards(stage.folder).clear_partial()
                     if isinstance(stage, Read):
                         total = self._read(stage)
@@ -143,6 +143,8 @@ class Runner:
         shards = Shards(stage.folder, stage.schema)
         stage.folder.mkdir(parents=True, exist_ok=True)
         stage.prepare()
+        total = 1 if stage.sampled else total
+        all_records = stage.sampled or self.outcome.records
         current = {number for number in shards.done() if is_current(stage, number)}
         missing = [number for number in range(total) if number not in current]
         began, records_done = time.perf_counter(), 0
@@ -152,20 +154,19 @@ class Runner:
                 self.report(f"{stage.name}: {len(current)} of {total} shards already done")
             if isinstance(stage, ChatStage):
                 stage.report = self.report
-                stage.records = self.outcome.records * len(missing) // total
-            records = self.outcome.records
+                stage.records = all_records * len(missing) // total
             with Progress(
                 stage.name,
                 "records",
-                records,
-                done=records * len(current) // total,
+                all_records,
+                done=all_records * len(current) // total,
                 quiet=self.quiet,
                 summary=False,
             ) as bar:
                 start = bar.done
                 stage.tick = bar.update
                 for result in self._results(stage, missing):
-                    records_done += result.records
+                    records_done += stage.sampled or result.records
                     bar.update(max(0, start + records_done - bar.done))  # minus the stage's ticks
                     self._check(stage, result)
             shards.clear_partial()  # left by Ray workers that died
@@ -173,7 +174,8 @@ class Runner:
 
     def _results(self, stage: Stage, missing: list[int]) -> Iterator[ShardResult]:
         limit = InvalidLimit(self._most_invalid() - len(self._invalid), set(self._invalid))
-        if self.ray is not None:
+        # A sample for an endpoint needs no worker, and the estimate of its cost is shown here.
+        if self.ray is not None and (stage.uses_gpu or not stage.sampled):
             yield from on_ray.make_shards(stage, missing, limit, self.ray)
             return
         stage.open()
@@ -257,10 +259,10 @@ class Runner:
         self.report(f"{stage.name + ':':10}{total}/{counted(total, 'shards')}, {summary}")
 
 
-def note_run(work: Path, output: str, outcome: Outcome) -> None:
-    """Write the numbers of dropped and invalid records for an output into the work folder."""
-    counts = {"dropped": outcome.dropped, "bad": outcome.bad}
-    write_bytes(run_note(work, output), json.dumps(counts, indent=1).encode())
+def note_run(work: Path, output: str, outcome: Outcome, window: str) -> None:
+    """Write the numbers of left-out records and the window of an output into the work folder."""
+    note = {"dropped": outcome.dropped, "bad": outcome.bad, "window": window}
+    write_bytes(run_note(work, output), json.dumps(note, indent=1).encode())
 
 
 def run_note(work: Path, output: str) -> Path:
