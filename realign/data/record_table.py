@@ -418,7 +418,7 @@ def _facts(key: bytes | str, stored: StoredImage) -> ImageFacts | ImageError:
 
 def _placed(facts: ImageFacts, stored: StoredImage, blob: BinaryIO) -> ImageFacts:
     assert stored.data is not None
-    place = blob.tell()
+    place = blob.tell()  # codespell:ignore
     blob.write(stored.data)
     return ImageFacts(facts.key, facts.width, facts.height, place, facts.size, 0, facts.path)
 
