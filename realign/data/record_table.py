@@ -57,8 +57,9 @@ _SCHEMA = pa.schema(
     }
 )
 _OF_FILES = ("offset", "path", "size", "changed")
-_SKIPPED = "skipped"
-"""Key of the metadata of the last batch: `RecordTable.skipped`."""
+_COLUMNS = ("images", "retrieved_images")
+_ABOUT = "about"
+"""Key of the metadata of the last batch: `RecordTable.digest` and `skipped`."""
 _BATCH = 256
 """Records whose embedded images are in memory at once."""
 _GROUP = 4096
@@ -109,20 +110,21 @@ class RecordTable(Sequence[Row]):
     Args:
         stream: the Arrow file.
         blob: open file of the embedded images.
-        digest: name of the table, which changes with every conversion; "" for records of a program.
         folder: folder for files that depend on this table; None for records of a program.
 
     Attributes:
+        digest: 128-bit digest of names, texts and image keys.
         skipped: number of rows of the source that gave no record, by reason.
+
+    Raises:
+        pa.ArrowInvalid: for a file of another version.
     """
 
     def __init__(
-        self, stream: pa.NativeFile | BinaryIO, blob: BinaryIO, digest: str, folder: Path | None
+        self, stream: pa.NativeFile | BinaryIO, blob: BinaryIO, folder: Path | None
     ) -> None:
-        self._blob = blob
-        self.digest, self.folder = digest, folder
-        self.skipped: dict[str, int] = {}
-        batches = []
+        self._blob, self.folder = blob, folder
+        batches, about = [], None
         with pa.ipc.open_stream(stream) as reader:
             if reader.schema != _SCHEMA:
                 raise pa.ArrowInvalid("the schema differs")
@@ -130,8 +132,13 @@ class RecordTable(Sequence[Row]):
                 while True:
                     batch, metadata = reader.read_next_batch_with_custom_metadata()
                     batches.append(batch)
-                    self.skipped |= json.loads((metadata or {}).get(_SKIPPED.encode(), b"{}"))
+                    about = (metadata or {}).get(_ABOUT.encode(), about)
+        if about is None:
+            raise pa.ArrowInvalid("the last batch is missing")
         self._table = pa.Table.from_batches(batches, _SCHEMA)
+        self.digest: str
+        self.skipped: dict[str, int]
+        self.digest, self.skipped = json.loads(about)
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -151,7 +158,7 @@ class RecordTable(Sequence[Row]):
         """The rows from `start` to before `stop`; one row if it is None."""
         for row in self._table.slice(start, 1 if stop is None else stop - start).to_pylist():
             prompt, *responses = json.loads(row["texts"])
-            images = (map(_from_fields, row[name]) for name in ("images", "retrieved_images"))
+            images = (map(_from_fields, row[name]) for name in _COLUMNS)
             yield Row(row["id"], tuple(prompt), *responses, *map(tuple, images))
 
     def beside(self, settings: str) -> Path | None:
@@ -185,7 +192,7 @@ class RecordTable(Sequence[Row]):
     def files_changed(self) -> bool:
         """Whether an image file was changed or removed since the conversion, by size and time."""
         seen: set[bytes] = set()
-        for column in ("images", "retrieved_images"):
+        for column in _COLUMNS:
             for chunk in self._table[column].chunks:
                 facts = chunk.flatten()
                 values = (facts.field(name).to_pylist() for name in _OF_FILES)
@@ -251,7 +258,7 @@ def open_converted(
     """
     folder = default_directory() / _hex(f"{os.getuid()} {place}")
     name = _hex(f"{_VERSION} {content}")
-    table = _opened(folder, name, content)
+    table = _opened(folder, name)
     if table is not None:
         return table
     skipped: Counter[str] = Counter()
@@ -266,10 +273,10 @@ def open_converted(
             f"the records cannot be converted in {folder} ({error}). Embedded images are copied "
             "there once. Set $REALIGN_CACHE to a folder with more space."
         ) from error
-    _remove_others(folder, name)
-    table = _opened(folder, name, content)
+    table = _opened(folder, name)
     if table is None:
         raise OSError(f"{folder} was changed by another process. Start the run again.")
+    _remove_others(folder, (name, table.digest, "."))
     return table
 
 
@@ -291,20 +298,19 @@ def table_of(
         _write(records, arrow, blob, on_bad, {})
         blob.flush()
         arrow.seek(0)
-        return RecordTable(arrow, blob, "", None)
+        return RecordTable(arrow, blob, None)
 
 
-def _opened(folder: Path, name: str, content: str) -> RecordTable | None:
+def _opened(folder: Path, name: str) -> RecordTable | None:
     """The table in a folder; None if there is none, or if an image file has changed."""
     try:
         with open_regular(folder / f"{name}.arrow") as file:
             if os.fstat(file.fileno()).st_uid != os.getuid():
                 return None
-            digest = _hex(content + str(os.fstat(file.fileno()).st_mtime_ns))
         blob = open_regular(folder / f"{name}.images")
         if os.fstat(blob.fileno()).st_uid != os.getuid():
             return None
-        table = RecordTable(pa.memory_map(str(folder / f"{name}.arrow")), blob, digest, folder)
+        table = RecordTable(pa.memory_map(str(folder / f"{name}.arrow")), blob, folder)
     except (FileNotFoundError, pa.ArrowException):
         return None
     return None if table.files_changed() else table
@@ -333,10 +339,15 @@ def _check_own(folder: Path) -> None:
         )
 
 
-def _remove_others(folder: Path, name: str) -> None:
-    """Remove tables of earlier contents. Processes that have opened them keep their data."""
+def _remove_others(folder: Path, kept: tuple[str, ...]) -> None:
+    """Remove tables of earlier contents. Processes that have opened them keep their data.
+
+    Args:
+        folder: the folder of the tables of a source.
+        kept: beginnings of names that are not removed.
+    """
     for path in folder.iterdir():
-        if not path.name.startswith((name, ".")):
+        if not path.name.startswith(kept):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -356,7 +367,7 @@ def _write(
         RecordError: without `on_bad`, for the first invalid image. The message counts the others.
     """
     known: dict[bytes | str, ImageFacts | ImageError] = {}  # of digests, and of paths
-    errors = RecordErrors()
+    errors, digest = RecordErrors(), hashlib.blake2b(digest_size=16)
     remaining, rows = iter(records), []
     with (
         ThreadPoolExecutor(_THREADS, "images") as pool,
@@ -388,11 +399,14 @@ def _write(
                     else:
                         on_bad(record, error)
                     continue
-                rows.append(_to_row(record, [known[key] for key, _ in images]))
+                row = _to_row(record, [known[key] for key, _ in images])
+                keys_of_row = [[i["key"] for i in row[name]] for name in _COLUMNS]
+                digest.update(repr((row["id"], row["texts"], keys_of_row)).encode())
+                rows.append(row)
                 if len(rows) == _GROUP:
                     flush()
         errors.check()
-        flush({_SKIPPED: json.dumps(skipped)})
+        flush({_ABOUT: json.dumps([digest.hexdigest(), skipped])})
 
 
 def _key(stored: StoredImage) -> bytes | str:

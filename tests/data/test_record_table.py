@@ -89,6 +89,20 @@ def test_a_changed_source_is_converted_again_and_its_old_table_removed(file):
     assert [row.name for row in before] == ["a", "b"]  # as long as a process has it open
 
 
+def test_equal_records_have_equal_digests(file):
+    """Runs that convert at the same time share the folder of encoded records."""
+    before = open_table(file)
+    kept = before.beside("settings")
+    kept.mkdir()
+    (before.folder / "old-settings").mkdir()
+    os.utime(file, (1, 1))
+    after = open_table(file)
+    assert after.beside("settings") == kept and kept.exists()
+    assert not (before.folder / "old-settings").exists()
+    Image.new("RGB", (41, 31)).save(file.parent / "one.png")
+    assert open_table(file).digest != before.digest
+
+
 def test_a_changed_image_file_is_converted_again(file):
     before = open_table(file)
     Image.new("RGB", (50, 20)).save(file.parent / "one.png")
@@ -140,7 +154,7 @@ def test_a_header_is_read_without_the_pixels(tmp_path):
 def test_files_of_other_users_are_not_opened(file, monkeypatch):
     table = open_table(file)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert record_table._opened(table.folder, next(table.folder.glob("*.arrow")).stem, "") is None
+    assert record_table._opened(table.folder, next(table.folder.glob("*.arrow")).stem) is None
 
 
 def test_a_planted_link_leads_nowhere(file, tmp_path):
