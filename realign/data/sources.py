@@ -283,8 +283,10 @@ def _open_json(found: _Files, folder: DataFolder, format: str, pairs: bool) -> S
         if isinstance(content, dict):
             if not isinstance(content.get("images"), list):
                 raise ValueError(
-                    f"{path} is a JSON object without `images`, so not a COCO file. It is no meta "
-                    "file of InternVL either, since it names no `annotation` of each data set."
+                    f"{path} holds one JSON object with the keys {short_repr(list(content))}. It "
+                    "is neither COCO's captions, which have `images`, nor a meta file of InternVL, "
+                    "which names an `annotation` of each data set. Write records as a list, or as "
+                    f"lines of a .jsonl file. {nearest(map(str, content))}"
                 )
             if format.partition(":")[0] not in ("auto", "coco"):
                 raise ValueError(f"format is {format!r}, but {path} looks like 'coco'.")

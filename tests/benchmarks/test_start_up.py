@@ -61,17 +61,17 @@ def test_qwen_images_take_as_many_tokens_as_in_its_release(tmp_path):
 
 
 def test_cpu_seconds_and_memory_include_a_live_child():
-    before = start_up.cpu_seconds()
+    before, others = start_up.cpu_seconds(), start_up.memory()["children"]
     block = "held = bytearray(64 << 20)\nprint('ready', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", SPIN + block], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         child.stdout.readline()
         live = start_up.cpu_seconds() - before
-        assert start_up.memory()["children"] > 64
+        assert start_up.memory()["children"] - others > 64
         child.communicate()
     ended = start_up.cpu_seconds() - before
-    assert start_up.memory()["children"] == 0
+    assert start_up.memory()["children"] - others < 32
     assert 0.45 < live < 2
     assert live - 0.05 < ended < live + 0.5
 

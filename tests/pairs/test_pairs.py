@@ -106,10 +106,6 @@ def test_neighbours_have_the_same_number_of_images(tmp_path, own):
         assert len(record.retrieved_images) == len(record.images)
 
 
-def _without_image(own):
-    return [*own, replace(own[0], name="bare", images=())]
-
-
 def _torn(own):
     return [*own, replace(own[0], name="torn", images=(StoredImage(b"x"),))]
 
@@ -126,7 +122,6 @@ def _yes(own):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_without_image, "allows (read: 1 no image). For example, record 'bare'"),
         (_torn, "allows (embed: 1 corrupt). For example, record 'torn'"),
         (_placed, "record 'odd': its messages place 2 image(s), by image parts, and 1 are given."),
         (_yes, "no record gave a pair; dropped 6 (6 nothing to mask). Name other kinds"),
@@ -147,7 +142,7 @@ def test_the_command_reports_invalid_records_in_one_error(tmp_path, own, change,
     ("arguments", "message"),
     [
         (["--k", "0"], "--k is 0"),
-        (["--data", "no/such/file"], "there is nothing at no/such/file"),
+        (["--data", "no/such/file"], "there is nothing at 'no/such/file'"),
         (
             ["--data", "no/such/file", "--model", "no/such/model"],
             "there is no folder no/such/model",

@@ -44,11 +44,11 @@ OPTIONS = {
         output=runs/pairs.parquet data=None split=None format=auto image_folder=None model=None
         embed_model=None dtype=fp32 scenes=1024 answer=None keep_target=0.8 k=10 reach=None
         index=auto ceiling=0.999 floor=-1.0 hash_distance=8 masker=rules mask= segments=1
-        share=None refill=infill
-        engine=None candidates=1 temperature=0.0 tau=1.0 similarity=lexical margin=False
+        share=None refill=infill engine=None candidates=1 temperature=0.0 tau=1.0
+        similarity=lexical margin=False
         judge=None concurrency=8 requests_per_minute=None price_in=None price_out=None
-        negative=retrieved work=None shard=512 max_bad=0.05 batch_size=64 ray=None seed=0
-        quiet=False""",
+        negative=retrieved work=None shard=512 max_bad=0.05 batch_size=64 workers=None
+        ray=None seed=0 quiet=False""",
     EvaluateConfig: """
         model=None output=None answers=None scenes=3000 batch_size=250 biased=False seed=0
         quiet=False""",

@@ -191,7 +191,10 @@ def test_a_byte_order_mark_and_windows_lines_are_read(end, place, capsys):
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("pope.json", "realign.pairs import pope.json"), ("a.csv", "Write JSON lines")],
+    [
+        ("pope.json", "pope.json holds one JSON object with the keys"),
+        ("a.csv", "Write it as JSON lines"),
+    ],
 )
 @pytest.mark.parametrize("main", [train.main, cache.main])
 def test_pairs_of_another_kind_are_one_error(main, name, remedy, place, capsys):
