@@ -234,8 +234,8 @@ class RunConfig:
     """Merge the LoRA adapter into the final model, in the base's dtype. By default only the adapter
     is written."""
     dry_run: bool = False
-    """Check settings and records, and print the plan: sizes, memory, steps, time. Writes no
-    output."""
+    """Check settings and records, and print the plan: sizes, memory, steps, time. Writes only the
+    converted records in $REALIGN_CACHE/data."""
     log_every: int = 1
     """Steps between printed lines. The metrics files get every step."""
     tensorboard: bool = False

@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,6 +85,8 @@ class StoredImage:
 
     data: bytes | None = None
     path: str | None = None
+    given: str | None = field(default=None, compare=False, repr=False)
+    """The path with links that led to `path`, if there are links."""
 
     @classmethod
     def from_pil(cls, image: Image.Image, path: str | None = None) -> StoredImage:

@@ -11,12 +11,15 @@ because pages of a mapped file count as memory of the process. Image files are n
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +36,8 @@ from realign.data.errors import RecordError, RecordErrors, shorten
 from realign.data.images import ImageError, StoredImage, digest_of_bytes
 from realign.data.records import Record, stream_pairs
 from realign.data.sources import identity
-from realign.files import open_regular, replacing
+from realign.files import open_lock, open_regular, read_limited, replacing, write_whole
+from realign.terminal import show
 
 _VERSION = 1
 """Version of the files; changed when they would be read as something else."""
@@ -46,6 +50,7 @@ _IMAGE = pa.struct(
         ("size", pa.int64()),
         ("changed", pa.int64()),
         ("path", pa.binary()),
+        ("given", pa.binary()),
     ]
 )
 _SCHEMA = pa.schema(
@@ -56,10 +61,15 @@ _SCHEMA = pa.schema(
         "retrieved_images": pa.list_(_IMAGE),
     }
 )
-_OF_FILES = ("offset", "path", "size", "changed")
+_OF_FILES = ("offset", "path", "given", "size", "changed")
 _COLUMNS = ("images", "retrieved_images")
+_PATHS = ("path", "given")
 _ABOUT = "about"
 """Key of the metadata of the last batch: `RecordTable.digest` and `skipped`."""
+_LOCK, _LAST = "lock", "last"
+"""Names of the lock of a conversion, and of the file with the content that was converted last."""
+_DAY = 24 * 3600  # seconds
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _BATCH = 256
 """Records whose embedded images are in memory at once."""
 _GROUP = 4096
@@ -80,6 +90,7 @@ class ImageFacts:
         size: encoded bytes.
         changed: time of the last change of an image file in ns, 0 for an embedded image.
         path: path of an image file, or the name of an embedded image.
+        given: path with links that leads to `path`, if there are links.
     """
 
     key: bytes
@@ -89,6 +100,7 @@ class ImageFacts:
     size: int
     changed: int
     path: str | None
+    given: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +150,9 @@ class RecordTable(Sequence[Row]):
         self._table = pa.Table.from_batches(batches, _SCHEMA)
         self.digest: str
         self.skipped: dict[str, int]
-        self.digest, self.skipped = json.loads(about)
+        self.digest, self.skipped, size = json.loads(about)
+        if os.fstat(blob.fileno()).st_size != size:
+            raise pa.ArrowInvalid("the file of images is truncated")
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -160,6 +174,11 @@ class RecordTable(Sequence[Row]):
             prompt, *responses = json.loads(row["texts"])
             images = (map(_from_fields, row[name]) for name in _COLUMNS)
             yield Row(row["id"], tuple(prompt), *responses, *map(tuple, images))
+
+    @property
+    def skipped_text(self) -> str:
+        """The numbers of skipped rows and their reasons."""
+        return ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.skipped.items()))
 
     def beside(self, settings: str) -> Path | None:
         """The folder for files that depend on this table and on settings, if it is on disk."""
@@ -190,16 +209,18 @@ class RecordTable(Sequence[Row]):
         return StoredImage(data, facts.path)
 
     def files_changed(self) -> bool:
-        """Whether an image file was changed or removed since the conversion, by size and time."""
-        seen: set[bytes] = set()
+        """Whether an image file or a link to it has changed, by size, time and target."""
+        seen: set[tuple[bytes, bytes | None]] = set()
         for column in _COLUMNS:
             for chunk in self._table[column].chunks:
                 facts = chunk.flatten()
                 values = (facts.field(name).to_pylist() for name in _OF_FILES)
-                for offset, path, size, changed in zip(*values, strict=True):
-                    if offset < 0 and path not in seen:
-                        seen.add(path)
+                for offset, path, given, size, changed in zip(*values, strict=True):
+                    if offset < 0 and (path, given) not in seen:
+                        seen.add((path, given))
                         if _size_and_time(path) != (size, changed):
+                            return True
+                        if given is not None and os.path.realpath(given) != path:
                             return True
         return False
 
@@ -233,8 +254,16 @@ def open_table(
         RecordError: for a record that is invalid, or has an image with an invalid header.
         OSError: when the table cannot be written.
     """
-    content = identity(source, image_folder, split=split)
-    place = repr((os.path.realpath(source), str(source), image_folder, split))
+    local = os.path.exists(source)
+    images = None if image_folder is None else os.path.abspath(image_folder)
+    place = repr((os.path.abspath(source) if local else str(source), images, split))
+    try:
+        content = identity(source, image_folder, split=split)
+    except ValueError:  # the Hub cannot be reached
+        if local or (known := _last_content(place)) is None:
+            raise
+        show(f"the Hub cannot be asked about {source}. Its last converted version is used.")
+        content = known
     return open_converted(
         place,
         content,
@@ -256,28 +285,42 @@ def open_converted(
         RecordError: for a record with an invalid image.
         OSError: when the table cannot be written.
     """
-    folder = default_directory() / _hex(f"{os.getuid()} {place}")
-    name = _hex(f"{_VERSION} {content}")
-    table = _opened(folder, name)
-    if table is not None:
+    folder, name = _folder_of(place), _hex(f"{_VERSION} {content}")
+    if (table := _opened(folder, name)) is not None:
         return table
-    skipped: Counter[str] = Counter()
     try:
         folder.mkdir(0o700, parents=True, exist_ok=True)  # others could plant links in it
         _check_own(folder)
-        _convert(records(skipped), folder, name, skipped)
+        with open_lock(folder / _LOCK) as lock:  # other runs may start at the same time
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (table := _opened(folder, name)) is not None:
+                return table
+            skipped: Counter[str] = Counter()
+            _remove_others(folder)
+            _convert(records(skipped), folder, name, skipped)
+            write_whole(folder / _LAST, content)
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
+        if error.errno not in _NO_SPACE:
             raise
         raise OSError(
             f"the records cannot be converted in {folder} ({error}). Embedded images are copied "
             "there once. Set $REALIGN_CACHE to a folder with more space."
         ) from error
-    table = _opened(folder, name)
-    if table is None:
+    if (table := _opened(folder, name)) is None:
         raise OSError(f"{folder} was changed by another process. Start the run again.")
-    _remove_others(folder, (name, table.digest, "."))
     return table
+
+
+def _folder_of(place: str) -> Path:
+    return default_directory() / _hex(f"{os.getuid()} {place}")
+
+
+def _last_content(place: str) -> str | None:
+    """The content of the table that was converted last, for a source that cannot be asked."""
+    try:
+        return read_limited(_folder_of(place) / _LAST, 4096).decode()
+    except FileNotFoundError:
+        return None
 
 
 def table_of(
@@ -320,7 +363,7 @@ def _convert(records: Iterable[Record], folder: Path, name: str, skipped: Counte
     # The Arrow file replaces its predecessor last, since it names places in the other file.
     with (
         replacing(folder / f"{name}.arrow") as arrow,
-        replacing(folder / f"{name}.images") as blob,
+        replacing(folder / f"{name}.images", sync=True) as blob,
     ):
         _write(records, arrow, blob, None, skipped)
 
@@ -339,19 +382,17 @@ def _check_own(folder: Path) -> None:
         )
 
 
-def _remove_others(folder: Path, kept: tuple[str, ...]) -> None:
-    """Remove tables of earlier contents. Processes that have opened them keep their data.
+def _remove_others(folder: Path) -> None:
+    """Remove earlier tables and partial files. Processes that have opened a table keep it.
 
-    Args:
-        folder: the folder of the tables of a source.
-        kept: beginnings of names that are not removed.
+    Encoded records stay until the table has not been used for a day. A run may be writing them.
     """
     for path in folder.iterdir():
-        if not path.name.startswith(kept):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            if path.stat().st_mtime < time.time() - _DAY:
+                shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in (_LOCK, _LAST):
+            path.unlink(missing_ok=True)
 
 
 def _write(
@@ -406,7 +447,8 @@ def _write(
                 if len(rows) == _GROUP:
                     flush()
         errors.check()
-        flush({_ABOUT: json.dumps([digest.hexdigest(), skipped])})
+        size = blob.tell()  # codespell:ignore
+        flush({_ABOUT: json.dumps([digest.hexdigest(), skipped, size])})
 
 
 def _key(stored: StoredImage) -> bytes | str:
@@ -425,7 +467,7 @@ def _facts(key: bytes | str, stored: StoredImage) -> ImageFacts | ImageError:
         width, height = StoredImage(data).size()
         if (len(data), before[1]) != before:
             raise ImageError("changed", f"{shorten(key)} is being written")
-        return ImageFacts(digest_of_bytes(data), width, height, -1, *before, key)
+        return ImageFacts(digest_of_bytes(data), width, height, -1, *before, key, stored.given)
     except ImageError as error:
         return error
 
@@ -442,16 +484,17 @@ def _size_and_time(path: str | bytes) -> tuple[int, int]:
         status = os.stat(path)
     except (OSError, ValueError):
         return 0, 0
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_ctime_ns  # copies may keep the time of modification
 
 
 def _to_row(record: Record, facts: Sequence[Any]) -> dict[str, Any]:
     fields = [{name: getattr(one, name) for name in ImageFacts.__slots__} for one in facts]
     for one in fields:
-        one["path"] = None if one["path"] is None else os.fsencode(one["path"])
+        for name in _PATHS:
+            one[name] = None if one[name] is None else os.fsencode(one[name])
     texts = [record.prompt, record.chosen, record.rejected, record.retrieved_chosen]
     return {
-        "id": record.name,
+        "id": record.name.encode("utf-8", "replace").decode(),
         "texts": json.dumps(texts),
         "images": fields[: len(record.images)],
         "retrieved_images": fields[len(record.images) :],
@@ -459,8 +502,9 @@ def _to_row(record: Record, facts: Sequence[Any]) -> dict[str, Any]:
 
 
 def _from_fields(fields: dict[str, Any]) -> ImageFacts:
-    path = fields.pop("path")
-    return ImageFacts(**fields, path=None if path is None else os.fsdecode(path))
+    for name in _PATHS:
+        fields[name] = None if fields[name] is None else os.fsdecode(fields[name])
+    return ImageFacts(**fields)
 
 
 def _hex(text: str) -> str:

@@ -313,7 +313,10 @@ def _located(image: StoredImage, folder: DataFolder | None) -> StoredImage:
     if folder is None:
         return StoredImage(path=os.path.abspath(image.path))
     try:
-        return StoredImage(path=folder.file(image.path))
+        file = folder.file(image.path)
+        given = os.path.abspath(os.path.join(folder.given, image.path))
+        linked = given != file and os.path.realpath(given) == file
+        return StoredImage(path=file, given=given if linked else None)
     except ImageError as error:
         raise Malformed(
             f"its image is {error}.",

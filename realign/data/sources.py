@@ -36,7 +36,7 @@ from realign.data.manifests import (
 from realign.data.tables import columns_of, rows_of
 from realign.files import MOST_JSON, open_regular, read_json, read_limited
 
-_VERSION = 1
+VERSION = 1
 """Version of the reader in `identity`. Raise it when records of the same files change."""
 _MOST_JSON = 2 << 30
 """Limit on a JSON file, in bytes: twice LLaVA's llava_v1_5_mix665k.json. JSON lines have none."""
@@ -138,7 +138,7 @@ def identity(
         ValueError: like `open_source`.
     """
     path = Path(data)
-    facts: list[Any] = [_VERSION, split, format]
+    facts: list[Any] = [VERSION, split, format]
     facts.append(None if image_folder is None else os.path.realpath(image_folder))
     if not os.path.exists(path) and hub.is_name(str(data)) and path.suffix not in _DATA:
         facts += ["hub", str(data), hub.revision(str(data))]
@@ -149,10 +149,12 @@ def identity(
         files = list(found.files)
         if not found.rows and (meta := meta_of(files[0])):
             files += [annotation for annotation, _ in annotations_of(files[0], meta)]
-        facts += [os.path.realpath(path), found.description]
+        start = path if path.is_dir() else path.parent  # of relative image paths
+        facts += [os.path.realpath(path), os.path.realpath(start), found.description]
         for file in files:
             status = os.stat(file)
-            facts.append([os.path.realpath(file), status.st_size, status.st_mtime_ns])
+            times = status.st_mtime_ns, status.st_ctime_ns  # copies may keep the first
+            facts.append([os.path.realpath(file), status.st_size, times])
     text = json.dumps(facts, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
@@ -205,7 +207,8 @@ def _of_split(path: Path, tables: list[Path], split: str | None) -> list[Path]:
         names = {name for file in tables for name in splits_of(file) & _SPLITS}
         if len(names) > 1:
             raise ValueError(
-                f"{path} holds files of the splits {', '.join(sorted(names))}. Add --split."
+                f"{path} holds files of the splits {', '.join(sorted(names))}. Add --split, or load "
+                "one with `datasets`."
             )
         return tables
     chosen = []

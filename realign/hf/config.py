@@ -75,6 +75,8 @@ class RDPOConfig(TrainingArguments):
         # accelerate's copies from pinned memory need not wait for the device.
         assert isinstance(self.accelerator_config, AcceleratorConfig)
         self.accelerator_config.non_blocking |= self.dataloader_pin_memory
+        if (self.image_workers or 0) < 0:
+            raise ValueError(f"image_workers is {self.image_workers}; it must be 0 or more.")
         self.loss = LossConfig(self.objective, self.beta, self.visual_weight)
         for name, default in _REFUSED.items():
             if getattr(self, name, default) not in (default, None):

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from realign.data import sources
 from realign.data.ranks import first_on_machine
 from realign.data.record_table import RecordTable, open_converted, open_table, table_of
+from realign.data.records import Record
 from realign.files import read_json
 from realign.hf.records import records_of, stream_rows
 from realign.modeling.forest import Example
 from realign.modeling.loading import adapter_base, from_pretrained
 from realign.modeling.model import ForestModel
+from realign.progress import track
 from realign_kernels import Objective, leaf_keys
 
 
@@ -72,20 +77,38 @@ def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
     vlm.load_state_dict(saved.state_dict())
 
 
-def record_table(rows: Any) -> RecordTable:
+def record_table(rows: Any, *, progress: bool, log: Callable[[str], None]) -> RecordTable:
     """The table of preference records. With a process group, every rank calls it.
+
+    Args:
+        rows: one of the forms of `Records`.
+        progress: whether to show a progress bar.
+        log: receives a line with the number of skipped records.
 
     Raises:
         RecordError: for an invalid record.
         FileNotFoundError, ValueError: like `records_of`.
     """
+    convert = partial(track, title="reading records", unit="records", quiet=not progress)
+    table = _table_of(rows, convert)
+    if table.skipped:
+        log(f"skipped records: {table.skipped_text}")
+    return table
+
+
+def _table_of(rows: Any, progress: Callable[[Iterable[Record]], Iterable[Record]]) -> RecordTable:
     if isinstance(rows, str | Path):
-        return first_on_machine(lambda: open_table(rows))
+        return first_on_machine(lambda: open_table(rows, progress=progress))
     is_data_set = hasattr(rows, "with_format") and hasattr(rows, "__len__")
+    if isinstance(rows, Mapping):  # such as a dictionary of data sets
+        return table_of(records_of(rows))
     if is_data_set and len(rows) and rows.format["type"] != "custom":
-        content = f"datasets {rows._fingerprint}"
+        # Paths in rows are relative to the current directory.
+        content = f"datasets {sources.VERSION} {os.getcwd()} {rows._fingerprint}"
         return first_on_machine(
-            lambda: open_converted(content, content, lambda count: stream_rows(rows, skipped=count))
+            lambda: open_converted(
+                content, content, lambda count: progress(stream_rows(rows, skipped=count))
+            )
         )
     return table_of(records_of(rows))
 

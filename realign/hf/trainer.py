@@ -104,7 +104,9 @@ class RDPOTrainer(Trainer):
             checks.widen(self.adapter, autocast=args.autocast, log=self._log_rank0)
         else:
             checks.check_full_model(vlm)
-        table = parts.record_table(train_dataset)
+        shows = not args.disable_tqdm and args.process_index == 0
+        as_table = partial(parts.record_table, progress=shows, log=self._log_rank0)
+        table = as_table(train_dataset)
         self.objective = make_objective(args.loss, table)
         encode = partial(
             encode_table,
@@ -113,7 +115,7 @@ class RDPOTrainer(Trainer):
             layout=module.layout,
             max_response_tokens=args.max_response_tokens,
             max_tokens=vlm.config.get_text_config().max_position_embeddings,
-            progress=not args.disable_tqdm and args.process_index == 0,
+            progress=shows,
         )
         # Data sets are ranges of examples: first for training, then for evaluation.
         self.examples = encode(table)
@@ -121,7 +123,7 @@ class RDPOTrainer(Trainer):
         sets: Any = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         eval_indices: dict[str, Any] = {}
         for name, rows in sets.items() if eval_dataset is not None else ():
-            table, start = parts.record_table(rows), len(self.examples)
+            table, start = as_table(rows), len(self.examples)
             parts.check_objective(self.objective, make_objective(args.loss, table))
             self.examples += encode(table)
             eval_indices[name] = range(start, len(self.examples))

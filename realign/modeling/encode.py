@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,8 @@ from realign_kernels import Objective, objectives
 
 _VERSION = 1
 """Version of the encoding; changed when the same record would be encoded differently."""
+_KNOWN_CODE = ("transformers.", "realign.")
+"""Modules whose code has a version in the digest of the settings."""
 _CHUNK = 1024
 """Records of a file. A killed run loses at most one file for each rank."""
 
@@ -187,7 +190,7 @@ def encode_table(
         One example per record. Their images are not decoded.
 
     Raises:
-        RecordError: on all ranks, for the first unusable record. The message counts the others.
+        RecordError: on all ranks, for an unusable record. The message counts the others.
         OSError: when the encoded records cannot be written.
     """
     settings = _settings(processor, objective, layout, max_response_tokens, max_tokens)
@@ -199,7 +202,7 @@ def encode_table(
     errors: list[Exception] = []
     try:
         if folder is not None:
-            folder.mkdir(exist_ok=True)
+            _made(folder)
         absent = [n for n in numbers[share::ranks] if folder is None or not _chunk(folder, n)]
         total = sum(min(_CHUNK, len(table) - n * _CHUNK) for n in absent)
         with Progress("checking records", "records", total, quiet=not (progress and total)) as bar:
@@ -218,6 +221,8 @@ def encode_table(
     raise_anywhere(errors)
     if folder is not None:
         batches = {number: _chunk(folder, number) for number in numbers}
+        if not all(batches.values()):
+            raise OSError(f"{folder} was changed by another process. Start the run again.")
     chunks = [Chunk(batches[n], table, n * _CHUNK, None) for n in numbers]
     return Examples(chunks, objective, layout.image_token_id)
 
@@ -435,13 +440,24 @@ def _in_memory(
     return Examples([chunk], objective, layout.image_token_id)
 
 
+def _made(folder: Path) -> None:
+    with _write_errors(folder):
+        folder.mkdir(exist_ok=True)
+
+
 def _write_chunk(folder: Path, number: int, batch: pa.RecordBatch) -> None:
+    with (
+        _write_errors(folder),
+        replacing(folder / f"{number:06}.arrow") as file,
+        pa.ipc.new_stream(file, SCHEMA) as writer,
+    ):
+        writer.write_batch(batch)
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
     try:
-        with (
-            replacing(folder / f"{number:06}.arrow") as file,
-            pa.ipc.new_stream(file, SCHEMA) as writer,
-        ):
-            writer.write_batch(batch)
+        yield
     except OSError as error:
         raise OSError(
             f"the encoded records cannot be written to {folder} ({error}). Free some space, or set "
@@ -467,14 +483,15 @@ def _settings(
 ) -> str | None:
     """Digest of everything besides the records that their encoding depends on.
 
-    None for a tokenizer in Python, which cannot be digested.
+    None for a tokenizer in Python or a class of the user, which cannot be digested.
     """
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    modules = [type(one).__module__ for one in (processor, tokenizer, processor.image_processor)]
+    if backend is None or not all(name.startswith(_KNOWN_CODE) for name in modules):
         return None
     templates = [getattr(owner, "chat_template", None) for owner in (processor, tokenizer)]
-    plain = (str, int, float, bool, list, dict)
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
     own = {name: value for name, value in vars(processor).items() if isinstance(value, plain)}
     parts = [
         _VERSION,

@@ -78,7 +78,8 @@ class PromptIds:
         key = (image.width, image.height), several and self._cuts_tiles
         if key not in self._sizes:
             blank = Image.new("RGB", key[0])
-            self._sizes[key] = preprocess(self._processor, self._layout, record, blank, key[1])[1]
+            # The result is stored, since the prompts need it as well.
+            self._sizes[key] = preprocess(self._stored, self._layout, record, blank, key[1])[1]
         return self._sizes[key]
 
     def several(self, count: int) -> bool:
@@ -115,7 +116,9 @@ class PromptIds:
                 except Exception:  # such as a lone surrogate, of one prompt
                     continue
                 for (key, text), ids in zip(group, encoded, strict=True):
-                    self._ids[key] = self._expanded(key, text, np.array(ids))
+                    expanded = self._expanded(text, np.array(ids))
+                    if expanded is not None:
+                        self._ids[key] = expanded
 
     def ids(self, record: str, key: Key) -> np.ndarray:
         """Token ids of a prompt, (P,) int64, with its image tokens.
@@ -204,12 +207,12 @@ class PromptIds:
         assert self._run is not None
         return self._run.sub(self._token.replace("\\", r"\\"), text)
 
-    def _expanded(self, key: Key, text: str, ids: np.ndarray) -> np.ndarray:
-        """Token ids with the runs of image tokens of a text."""
+    def _expanded(self, text: str, ids: np.ndarray) -> np.ndarray | None:
+        """Token ids with the runs of image tokens of a text. None if their numbers differ."""
         assert self._run is not None
         runs = [len(run) // len(self._token) for run in self._run.findall(text)]
         if int((ids == self._layout.image_token_id).sum()) != len(runs):
-            return self._by_processor("", key, self._stored)
+            return None
         return expand(ids, np.array(runs, np.int64), self._layout.image_token_id)
 
 

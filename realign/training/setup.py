@@ -86,8 +86,7 @@ def load_inputs(
     convert = partial(track, title="reading records", unit="records", quiet=not progress)
     table = first_on_machine(lambda: open_table(pairs, image_folder, split=split, progress=convert))
     if table.skipped:
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in table.skipped.items())
-        distributed.log_rank0(f"skipped records of {pairs}: {skipped}")
+        distributed.log_rank0(f"skipped records of {pairs}: {table.skipped_text}")
     objective = make_objective(loss, table)
     vlm = load_model(base, weights_dtype, attention, meta=meta)
     model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)

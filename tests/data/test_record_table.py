@@ -95,10 +95,13 @@ def test_equal_records_have_equal_digests(file):
     kept = before.beside("settings")
     kept.mkdir()
     (before.folder / "old-settings").mkdir()
+    os.utime(before.folder / "old-settings", (1, 1))
+    (before.folder / ".x.images.1.partial").write_text("of a killed run")
     os.utime(file, (1, 1))
     after = open_table(file)
     assert after.beside("settings") == kept and kept.exists()
     assert not (before.folder / "old-settings").exists()
+    assert not list(before.folder.glob(".*"))
     Image.new("RGB", (41, 31)).save(file.parent / "one.png")
     assert open_table(file).digest != before.digest
 
@@ -115,6 +118,84 @@ def test_a_changed_image_file_is_converted_again(file):
         RecordError, match="'a': its image .*one.png does not exist.* 1 more record"
     ):
         open_table(file)
+
+
+def test_a_table_belongs_to_the_folder_of_its_images(tmp_path, cache, monkeypatch):
+    """The same relative name in two folders, both links to one file."""
+    stored = (StoredImage(path="a.png"),)
+    (tmp_path / "store").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "store" / "a.png")
+    write_pairs(tmp_path / "store" / "pairs.parquet", [Record("a", PROMPT, "b", "c", stored)])
+    widths = []
+    for name, width in (("one", 11), ("two", 12)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pairs.parquet").symlink_to(tmp_path / "store" / "pairs.parquet")
+        Image.new("RGB", (width, 8)).save(tmp_path / name / "a.png")
+        monkeypatch.chdir(tmp_path / name)
+        widths += [open_table("pairs.parquet")[0].images[0].width]
+        widths += [open_table(tmp_path / name / "pairs.parquet")[0].images[0].width]
+    assert widths == [11, 11, 12, 12]
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_link_that_leads_elsewhere_is_found(file):
+    for name, width in (("x.png", 21), ("y.png", 22)):
+        Image.new("RGB", (width, 8)).save(file.parent / name)
+    link = file.parent / "link.png"
+    link.symlink_to("x.png")
+    write_pairs(file, [Record("c", PROMPT, "a", "b", (StoredImage(path="link.png"),))])
+    before = open_table(file)
+    assert before[0].images[0].width == 21 and open_table(file).digest == before.digest
+    link.unlink()
+    link.symlink_to("y.png")
+    assert open_table(file)[0].images[0].width == 22
+
+
+def test_a_file_replaced_with_its_size_and_time_is_found(file):
+    """As by `cp -p` and rsync."""
+    image = file.parent / "one.png"
+    first = image.read_bytes()
+    assert open_table(file)[0].retrieved_images[0].width == 41
+    Image.new("RGB", (43, 30), (1, 0, 0)).save(file.parent / "other.png")
+    other = (file.parent / "other.png").read_bytes()
+    size, times = max(len(first), len(other)), (10**9, 10**9)
+    image.write_bytes(first.ljust(size, b"\0"))
+    os.utime(image, ns=times)
+    assert open_table(file)[0].retrieved_images[0].width == 41
+    image.write_bytes(other.ljust(size, b"\0"))
+    os.utime(image, ns=times)
+    assert open_table(file)[0].retrieved_images[0].width == 43
+
+
+def test_truncated_images_are_written_again(file):
+    table = open_table(file)
+    rows = _records(table)
+    (images,) = table.folder.glob("*.images")
+    whole = images.read_bytes()
+    images.write_bytes(whole[:-1])
+    assert _records(open_table(file)) == rows
+    (images,) = table.folder.glob("*.images")
+    assert images.read_bytes() == whole
+
+
+def test_runs_that_start_together_convert_once(file, tmp_path):
+    """The second waits for the first, also if it would end sooner."""
+    program = (
+        "import sys, time, realign.data.record_table as t\n"
+        "inner, made = t._to_row, []\n"
+        "t._to_row = lambda *given: (time.sleep(0.5), made.append(1), inner(*given))[2]\n"
+        "rows = [row.name for row in t.open_table(sys.argv[1])]\n"
+        "print(rows, len(made))\n"
+    )
+    run = [sys.executable, "-c", program, str(file)]
+    both = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    shown = sorted(process.communicate()[0] for process in both)
+    assert shown == ["['a', 'b'] 0\n", "['a', 'b'] 2\n"]
+
+
+def test_names_that_are_not_utf_8_are_kept_readable():
+    image = StoredImage.from_pil(Image.new("RGB", (8, 8)))
+    assert table_of([Record("n\udcff", PROMPT, "a", "b", (image,))])[0].name == "n?"
 
 
 def test_bad_headers_are_named_and_counted(tmp_path, cache):
@@ -167,7 +248,7 @@ def test_a_planted_link_leads_nowhere(file, tmp_path):
     write_pairs(file, [Record("c", PROMPT, "yes", "no", (StoredImage(path="one.png"),))])
     with pytest.raises(ValueError, match="is not a folder of yours. Remove it"):
         open_table(file)
-    assert (victim / "thesis.arrow").read_text() == "mine" and len(list(victim.iterdir())) == 3
+    assert (victim / "thesis.arrow").read_text() == "mine" and len(list(victim.iterdir())) == 5
 
 
 def test_a_killed_conversion_leaves_no_table(file, tmp_path):

@@ -100,6 +100,12 @@ def test_encoded_records_are_kept_by_everything_they_depend_on(table, monkeypatc
     assert len(chunks()) == 5
     assert chunks() == []
 
+    class Mine(type(processor)):
+        """Code of a user, which has no version: nothing is kept."""
+
+    processor.__class__ = Mine
+    assert len(chunks()) == len(chunks()) == 5
+
 
 def _encode_until(pairs, count, folder):
     """Encode pairs in files of 5 records, and be killed at the file with number `count`."""
