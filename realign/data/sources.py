@@ -207,8 +207,8 @@ def _of_split(path: Path, tables: list[Path], split: str | None) -> list[Path]:
         names = {name for file in tables for name in splits_of(file) & _SPLITS}
         if len(names) > 1:
             raise ValueError(
-                f"{path} holds files of the splits {', '.join(sorted(names))}. Add --split, or load "
-                "one with `datasets`."
+                f"{path} holds files of the splits {', '.join(sorted(names))}. Add --split, or "
+                "load one with `datasets`."
             )
         return tables
     chosen = []
