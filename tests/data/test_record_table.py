@@ -297,3 +297,21 @@ def test_names_and_texts_of_any_unicode_are_kept():
     record = Record("a", ({"role": "user", "content": "\ud800"},), "\udfff", "b\0", (image,))
     row = table_of([record, replace(record, name="b")])[0]
     assert (row.prompt, row.chosen, row.rejected) == (record.prompt, "\udfff", "b\0")
+
+
+def test_a_name_on_the_hub_uses_its_last_version_offline(cache, monkeypatch, capsys):
+    image = StoredImage.from_pil(Image.new("RGB", (8, 8)))
+    records = [Record("a", PROMPT, "b", "c", (image,))]
+    monkeypatch.setattr(record_table, "identity", lambda *_, **__: "revision 1")
+    monkeypatch.setattr(record_table, "stream_pairs", lambda *_, **__: iter(records))
+    assert [row.name for row in open_table("owner/name", split="train")] == ["a"]
+
+    def unreachable(*_, **__):
+        raise ValueError("owner/name cannot be read from the Hub")
+
+    monkeypatch.setattr(record_table, "identity", unreachable)
+    assert [row.name for row in open_table("owner/name", split="train")] == ["a"]
+    assert "the Hub cannot be asked about owner/name" in capsys.readouterr().out
+    for name, split in (("owner/other", "train"), ("owner/name", "test")):
+        with pytest.raises(ValueError, match="cannot be read from the Hub"):
+            open_table(name, split=split)
