@@ -165,6 +165,7 @@ def test_the_plan_has_the_counts_of_training(pairs_file, tmp_path, capsys, vlm):
 def test_a_plan_of_more_images_than_are_kept(pairs_file, tmp_path, capsys, monkeypatch):
     """Each image is then made again, which failed under fake tensors."""
     given = ["--pairs", str(pairs_file), "--output", str(tmp_path / "out"), "--dry-run"]
+    given += ["--workers", "0"]  # fake tensors are those of a thread
     assert main(given) == 0
     whole = capsys.readouterr().out.splitlines()
     monkeypatch.setattr(ImageStore, "CACHE_BYTES", 0)
