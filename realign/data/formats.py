@@ -452,6 +452,12 @@ def _check_text_only(item: Mapping[str, Any], entry: Entry) -> None:
 
     A row that names its image in an unknown column, or in the prompt, has lost it.
     """
+    if entry.retrieved:
+        raise Malformed(
+            "it has retrieved images and no image.",
+            "Add its image to `images` or remove the record.",
+            "no image",
+        )
     named = [k for k in item if names_image(str(k)) and not (is_empty(item[k]) or item[k] is False)]
     if named:
         raise Malformed(

@@ -29,6 +29,9 @@ class RDPOConfig(TrainingArguments):
         visual_weight: weight of the visual term, for objectives that have one.
         max_response_tokens: maximum number of tokens in a response. A longer response is an error.
         row_tokens: maximum number of tokens in a row of the forest. 0 chooses by the attention.
+        split: split of data sets that are given by a path or a name on the Hub.
+        image_folder: folder that contains the images of such data sets, and that their paths are
+            relative to. None means the folder of the file.
         image_workers: threads that decode and preprocess images ahead of the step. 0 uses the
             thread that builds batches. None uses the cores of the process but one, from 1 to 8.
         reference_cache: folder of reference log-probs. The default is $REALIGN_CACHE/reference, or
@@ -46,6 +49,8 @@ class RDPOConfig(TrainingArguments):
     visual_weight: float = 1.0
     max_response_tokens: int = 1024
     row_tokens: int = 0
+    split: str | None = None
+    image_folder: str | None = None
     image_workers: int | None = None
     reference_cache: str | None = None
 

@@ -77,11 +77,20 @@ def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
     vlm.load_state_dict(saved.state_dict())
 
 
-def record_table(rows: Any, *, progress: bool, log: Callable[[str], None]) -> RecordTable:
+def record_table(
+    rows: Any,
+    *,
+    split: str | None,
+    image_folder: str | None,
+    progress: bool,
+    log: Callable[[str], None],
+) -> RecordTable:
     """The table of preference records. With a process group, every rank calls it.
 
     Args:
         rows: one of the forms of `Records`.
+        split: see `RDPOConfig`.
+        image_folder: see `RDPOConfig`.
         progress: whether to show a progress bar.
         log: receives a line with the number of skipped records.
 
@@ -90,15 +99,18 @@ def record_table(rows: Any, *, progress: bool, log: Callable[[str], None]) -> Re
         FileNotFoundError, ValueError: like `records_of`.
     """
     convert = partial(track, title="reading records", unit="records", quiet=not progress)
-    table = _table_of(rows, convert)
+    if isinstance(rows, str | Path):
+        table = first_on_machine(
+            lambda: open_table(rows, image_folder, split=split, progress=convert)
+        )
+    else:
+        table = _table_of(rows, convert)
     if table.skipped:
         log(f"skipped records: {table.skipped_text}")
     return table
 
 
 def _table_of(rows: Any, progress: Callable[[Iterable[Record]], Iterable[Record]]) -> RecordTable:
-    if isinstance(rows, str | Path):
-        return first_on_machine(lambda: open_table(rows, progress=progress))
     is_data_set = hasattr(rows, "with_format") and hasattr(rows, "__len__")
     if isinstance(rows, Mapping):  # such as a dictionary of data sets
         return table_of(records_of(rows))

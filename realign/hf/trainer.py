@@ -105,7 +105,13 @@ class RDPOTrainer(Trainer):
         else:
             checks.check_full_model(vlm)
         shows = not args.disable_tqdm and args.process_index == 0
-        as_table = partial(parts.record_table, progress=shows, log=self._log_rank0)
+        as_table = partial(
+            parts.record_table,
+            split=args.split,
+            image_folder=args.image_folder,
+            progress=shows,
+            log=self._log_rank0,
+        )
         table = as_table(train_dataset)
         self.objective = make_objective(args.loss, table)
         encode = partial(

@@ -154,6 +154,10 @@ BAD = {  # problem: (item, message)
     "image's address": (both(question=ASK, photo_url="a.jpg"), "'photo_url'.* unknown"),
     "context": (both(question=ASK, context="A room.", **IMAGE), r"\['context'\] are unknown"),
     "lost image": (both(question="<image>\nWhat is it?"), "places an image, and it has no image"),
+    "retrieved only": (
+        both(prompt=ASK, retrieved_images=["a.jpg"]),
+        "it has retrieved images and no image",
+    ),
     "nested text": ({"text": json.dumps(both(question=ASK, y="C")), **IMAGE}, "unknown keys"),
     "repeated nested key": (
         {"text": '{"question": "q", "chosen": "a", "rejected": "b", "rejected": "c"}', **IMAGE},

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 from realign import export
 from realign.config import OptimConfig
-from realign.data.records import RecordError, read_pairs
+from realign.data.records import RecordError, StoredImage, read_pairs, write_pairs
 from realign.digits import ASSETS
 from realign.hf import RDPOTrainer
 from realign.hf.records import records_of
@@ -225,6 +226,30 @@ def test_invalid_records_and_settings_are_named(rows, tmp_path):
         RDPOTrainer(str(ASSETS), config(tmp_path), broken)
     with pytest.raises(ValueError, match="holds no records"):
         RDPOTrainer(str(ASSETS), config(tmp_path), [])
+
+
+def test_a_path_has_a_split_an_image_folder_and_a_count_of_skipped(pairs_file, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "data").mkdir()
+    given = []
+    for i, record in enumerate(read_pairs(pairs_file)[:4]):
+        (tmp_path / "images" / f"{i}.png").write_bytes(record.images[0].data)
+        given.append(replace(record, images=(StoredImage(path=f"{i}.png"),)))
+    bare = replace(given[0], name="bare", images=(), retrieved_images=())
+    write_pairs(tmp_path / "data" / "train-0.parquet", [*given[:3], bare])
+    write_pairs(tmp_path / "data" / "test-0.parquet", given[3:])
+    settings = {"image_folder": str(tmp_path / "images"), "disable_tqdm": False}
+    train = config(tmp_path, split="train", **settings)
+    trainer = RDPOTrainer(str(ASSETS), train, str(tmp_path / "data"))
+    assert [example.name for example in trainer.examples] == [r.name for r in given[:3]]
+    assert "skipped records: 1 no image" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="splits test, train. Add --split, or load one"):
+        RDPOTrainer(str(ASSETS), config(tmp_path, **settings), str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="image_workers is -1; it must be 0 or more"):
+        config(tmp_path, image_workers=-1)
+    with pytest.raises(ValueError, match="the data set is a dictionary of .'train'"):
+        rows = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"a": 1}])})
+        RDPOTrainer(str(ASSETS), config(tmp_path), rows)
 
 
 def test_steps_after_a_failed_evaluation_are_counted(pairs_file, tmp_path, monkeypatch):
