@@ -166,7 +166,7 @@ def test_invalid_files_are_named(tmp_path, image_folder):
     refused(image_folder, "holds 0 JSON-lines files and no Parquet file")
     (tmp_path / "broken.json").write_text('[{"id": 1,')
     refused(tmp_path / "broken.json", "broken.json is not a JSON file .*JSON lines need the suffix")
-    refused(write_json(tmp_path, {"a": 1}), "without `images`")
+    refused(write_json(tmp_path, {"a": 1}), "which have `images`")
     for content in (3, "a", None):
         refused(write_json(tmp_path, content), "not a list of records")
     (tmp_path / "saved").mkdir()
