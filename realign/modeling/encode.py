@@ -124,10 +124,10 @@ def encode_records(
     """
     bad: dict[int, RecordError] = {}
     records = list(records)
-    places = {id(record): place for place, record in enumerate(records)}
+    at = iter(enumerate(records))  # records are excluded in order, and one may be listed twice
 
     def exclude(record: Record, error: RecordError) -> None:
-        bad[places[id(record)]] = error
+        bad[next(place for place, one in at if one is record)] = error
 
     table = table_of(records, exclude)
     kept = [place for place in range(len(records)) if place not in bad]

@@ -363,6 +363,20 @@ def test_the_store_keeps_the_first_within_its_bytes(tmp_path, processor, scenes,
         assert torch.equal(row, wanted["pixel_values"][0])
 
 
+def test_a_bad_record_that_is_listed_twice_is_reported_twice(record, processor):
+    """Its neighbours keep their own examples."""
+    bad = replace(record, name="bad", images=(StoredImage(b"x"),))
+    good, last = replace(record, name="good"), replace(record, name="last", chosen="two one .")
+    found = []
+    examples, _ = _encode(
+        [bad, good, bad, good, last],
+        processor,
+        on_bad=lambda one, error: found.append((one.name, error.record)),
+    )
+    assert found == [("bad", "bad")] * 2
+    assert [example.name for example in examples] == ["good", "good", "last"]
+
+
 def test_images_that_vanish_or_change_after_the_check_are_named(tmp_path, processor, scenes):
     path = tmp_path / "a.png"
     scenes[0].image.save(path)
