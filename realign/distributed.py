@@ -306,6 +306,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def most_of_ranks(value: int, device: torch.device) -> int:
+    """The largest value of all ranks."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def broadcast_from_rank0(decide: Callable[[], T]) -> T:
     """Call `decide` on rank 0 and return its result on all ranks.
 

@@ -80,6 +80,7 @@ def forest_mask(
     dtype: torch.dtype,
     window: int | None = None,
     blocks_ignore_window: bool = False,
+    blocks: bool = True,
 ) -> torch.Tensor | BlockMask:
     """The attention mask of a batch in the format of an attention implementation.
 
@@ -89,6 +90,7 @@ def forest_mask(
         dtype: compute dtype.
         window: window of sliding layers (`ForestBatch.sees`).
         blocks_ignore_window: see `ForestBatch.sees`.
+        blocks: see `ForestBatch.sees`.
 
     Returns:
         For attention by tree a placeholder, since `batch.trees` and `batch.sequences` replace the
@@ -100,7 +102,7 @@ def forest_mask(
     if implementation == "flex_attention":
         rows, tokens = batch.segment.shape
         return create_block_mask(
-            batch.sees(window, blocks_ignore_window),
+            batch.sees(window, blocks_ignore_window, blocks),
             rows,
             None,
             tokens,
@@ -108,7 +110,7 @@ def forest_mask(
             device=batch.segment.device,
             _compile=batch.segment.is_cuda,  # uncompiled, it materializes the T x T mask
         )
-    seen = batch.attention_mask(window, blocks_ignore_window)
+    seen = batch.attention_mask(window, blocks_ignore_window, blocks)
     if implementation == "eager":
         hidden = torch.finfo(dtype).min
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, hidden)

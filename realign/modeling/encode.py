@@ -48,7 +48,7 @@ from realign.modeling.prompt_ids import Key, PromptIds, check_prompt_ids
 from realign.progress import Progress
 from realign_kernels import Objective, objectives
 
-_VERSION = 1
+_VERSION = 2
 """Version of the encoding; changed when the same record would be encoded differently."""
 _KNOWN_CODE = ("transformers.", "realign.")
 """Modules whose code has a version in the digest of the settings."""
@@ -329,7 +329,7 @@ class _Encoder:
         images: Sequence[tuple[int, int, ImageFacts]],
         used: dict[bytes, UsedImage],
     ) -> Root:
-        ids = self.prompts.ids(record.name, key)
+        ids, columns = self.prompts.tokens(record.name, key)
         several = self.prompts.several(len(images))
         keys, expected = [], 0
         for column, place, facts in images:
@@ -342,7 +342,7 @@ class _Encoder:
             expected += size.tokens
         tokens = int((ids == self.layout.image_token_id).sum())
         check_prompt_ids(self.tokenizer, ids, self.processor.image_token, tokens, expected)
-        return Root(tuple(keys), ids)
+        return Root(tuple(keys), ids, columns)
 
     def _response(self, texts: _Texts, name: str) -> np.ndarray:
         """Token ids of a response with the end of its turn."""
@@ -508,6 +508,7 @@ def _settings(
         [tuple(leaf) for leaf in objective.leaves],
         layout.image_token_id,
         layout.grids,
+        sorted(layout.tower_inputs),
         max_response_tokens,
         max_tokens,
     ]

@@ -8,8 +8,8 @@ and compared with the reference cache without making its examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
 
@@ -31,6 +31,9 @@ _USED_IMAGE = pa.struct(
         ("grids", pa.list_(pa.int64())),
     ]
 )
+_COLUMN = pa.struct(
+    [("name", pa.string()), ("values", pa.list_(pa.int64())), ("lengths", pa.list_(pa.int32()))]
+)
 SCHEMA = pa.schema(
     {
         "name": pa.string(),
@@ -38,12 +41,14 @@ SCHEMA = pa.schema(
         "root_ids": _IDS,
         "root_runs": _IDS,
         "root_keys": _KEYS,
+        "root_columns": pa.list_(pa.list_(_COLUMN)),
         "leaf_ids": _IDS,
         "leaf_keys": _KEYS,
         "images": pa.list_(_USED_IMAGE),
     }
 )
-"""Columns of encoded records. `root_runs` holds the lengths of the runs of image tokens."""
+"""Columns of encoded records. `root_runs` holds the lengths of the runs of image tokens, and
+`root_columns` the runs of equal values in token columns."""
 
 BLANK = "blank_image"
 COLUMNS = ("images", "retrieved_images", BLANK)
@@ -56,6 +61,8 @@ class Root:
 
     images: tuple[str, ...]  # digests of preprocessed pixels, in the order of the image tokens
     ids: np.ndarray  # (P,) token ids, image tokens expanded
+    # Further integers of each token by name, (P,) each, as the processor returns them.
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple:
@@ -105,7 +112,7 @@ class UsedImage:
         several: whether its prompt has several images, for families that then process it
             differently.
         tokens: image tokens in a prompt.
-        grids: the image inputs that positions depend on, flat, in the order of `Layout.grids`.
+        grids: the image inputs that the language model depends on (`images.flat_grids`).
     """
 
     key: bytes
@@ -139,6 +146,13 @@ def expand(
     return np.repeat(ids.astype(np.int64), counts)
 
 
+def _runs(name: str, column: np.ndarray) -> dict:
+    """A token column as values and the lengths of their runs."""
+    starts = np.flatnonzero(np.append(True, column[1:] != column[:-1]))
+    lengths = np.diff(np.append(starts, len(column))).astype(np.int32)
+    return {"name": name, "values": column[starts], "lengths": lengths}
+
+
 def encoded_row(example: Example, images: Iterable[UsedImage], image_token_id: int) -> dict:
     """A row of `SCHEMA`."""
     leaves = collect_leaves([example])
@@ -151,6 +165,9 @@ def encoded_row(example: Example, images: Iterable[UsedImage], image_token_id: i
         "root_runs": [runs for _, runs in parts],
         "root_keys": [
             leaves.root_keys[leaves.roots[first[root]]].tobytes() for root in range(len(parts))
+        ],
+        "root_columns": [
+            [_runs(name, column) for name, column in root.columns.items()] for root in example.roots
         ],
         "leaf_ids": [leaf.ids.astype(np.int32) for leaf in example.leaves],
         "leaf_keys": [key.tobytes() for key in leaves.keys],
@@ -175,6 +192,7 @@ class Chunk:
         self._names = batch["name"]
         self._root_images = batch["root_images"]
         self.images = batch["images"]
+        self._root_columns = batch["root_columns"]
         self._root_ids = _nested(batch["root_ids"])
         self._root_runs = _nested(batch["root_runs"])
         self._leaf_ids = _nested(batch["leaf_ids"])
@@ -196,8 +214,13 @@ class Chunk:
     def roots(self, index: int, image_token_id: int) -> Iterator[Root]:
         """The roots of a record."""
         parts = _of(self._root_ids, index), _of(self._root_runs, index)
-        for keys, ids, runs in zip(self._root_images[index].as_py(), *parts, strict=True):
-            yield Root(tuple(key.hex() for key in keys), expand(ids, runs, image_token_id))
+        images, named = self._root_images[index].as_py(), self._root_columns[index].as_py()
+        for keys, columns, ids, runs in zip(images, named, *parts, strict=True):
+            yield Root(
+                tuple(key.hex() for key in keys),
+                expand(ids, runs, image_token_id),
+                {c["name"]: np.repeat(c["values"], c["lengths"]) for c in columns},
+            )
 
     def leaf_ids(self, index: int) -> Iterator[np.ndarray]:
         """The token ids of the leaves of a record, (R,) int64 each."""

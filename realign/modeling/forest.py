@@ -37,13 +37,14 @@ class ForestBatch:
             root.
         segment: (R, T) int64, one number per root or leaf, -1 on padding.
         parent: (R, T) int64, the segment of the token's root; a root is its own parent.
+        columns: further integers of each token by name, (R, T) int64 each, 0 on padding.
         block: (R, T) int64, the block whose tokens see each other both ways, -1 for none. None for
             causal attention.
         shared: whether leaves share one copy of their root. If not, a row is a root and a leaf.
         images: the distinct images, preprocessed; None if `features` are given.
         features: outputs of the vision tower for these images; None if `images` are given.
         slots: index of the image at each image place in the rows, in row-major order.
-        grids: grids of the images by slot, for positions (`ImageStore.grids`). Empty if `shared`.
+        grids: grids of the images by slot (`ImageStore.grids`).
         rows: (N,) int64 into the flattened (R * T): the position that predicts each label.
         labels: (N,) int64 response tokens, on the CPU; rows of one example are adjacent.
         sequence_ids: (N,) int64, leaf * examples + example, on the CPU.
@@ -59,6 +60,7 @@ class ForestBatch:
     depth: torch.Tensor
     segment: torch.Tensor
     parent: torch.Tensor
+    columns: dict[str, torch.Tensor]
     block: torch.Tensor | None
     shared: bool
     images: Images | None
@@ -74,14 +76,18 @@ class ForestBatch:
     examples: int
     names: tuple[str, ...]
 
-    def sees(self, window: int | None = None, blocks_ignore_window: bool = False) -> Callable:
+    def sees(
+        self, window: int | None = None, blocks_ignore_window: bool = False, blocks: bool = True
+    ) -> Callable:
         """The attention mask, as a function of row, head, and columns of query and key.
 
         Args:
             window: tokens that a token sees, itself included, counted back along its sequence.
             blocks_ignore_window: whether tokens of a block see each other beyond the window.
+            blocks: whether tokens of a block see each other both ways.
         """
-        segment, parent, depth, block = self.segment, self.parent, self.depth, self.block
+        segment, parent, depth = self.segment, self.parent, self.depth
+        block = self.block if blocks else None
 
         def seen(row, head, query, key):
             same = segment[row, query] == segment[row, key]
@@ -96,11 +102,11 @@ class ForestBatch:
         return seen
 
     def attention_mask(
-        self, window: int | None = None, blocks_ignore_window: bool = False
+        self, window: int | None = None, blocks_ignore_window: bool = False, blocks: bool = True
     ) -> torch.Tensor:
         """The attention mask, (R, 1, T, T) bool: True where a query sees a key."""
         rows, columns = (torch.arange(n, device=self.segment.device) for n in self.segment.shape)
-        seen = self.sees(window, blocks_ignore_window)
+        seen = self.sees(window, blocks_ignore_window, blocks)
         return seen(rows[:, None, None], None, columns[:, None], columns)[:, None]
 
     def leaf_sums(
@@ -181,11 +187,16 @@ def build_batch(
         packing = _pack_separately(root_lengths, sequence_lengths, leaf_roots)
 
     shape = (packing.num_rows, int(packing.row_lengths.max()))
-    prompts = [layout.positions(root.ids, store.grids(root.images)) for root in roots]
+    read = [layout.columns(root.ids, root.columns) for root in roots]
+    prompts = [
+        layout.positions(root.ids, store.grids(root.images), columns)
+        for root, columns in zip(roots, read, strict=True)
+    ]
     ids = np.full(shape, pad_id, dtype=np.int64)
     positions = np.zeros((len(prompts[0]), *shape), dtype=np.int64)
     depth = np.zeros(shape, dtype=np.int64)
     segment, parent, block = (np.full(shape, -1, dtype=np.int64) for _ in range(3))
+    columns = {name: np.zeros(shape, dtype=np.int64) for name in sorted(set().union(*read))}
     images: dict[str, int] = {}
     slots: list[str] = []
     for tree, (root, row, start) in enumerate(
@@ -196,8 +207,10 @@ def build_batch(
         positions[:, row, span] = prompts[root]
         depth[row, span] = np.arange(len(roots[root].ids))
         segment[row, span] = parent[row, span] = tree
+        for name, column in read[root].items():
+            columns[name][row, span] = column
         if layout.both_ways:
-            block[row, span] = layout.blocks(roots[root].ids)
+            block[row, span] = layout.blocks(read[root])
         slots += roots[root].images
         for key in roots[root].images:
             images.setdefault(key, len(images))
@@ -207,6 +220,8 @@ def build_batch(
         span = slice(start, start + length)
         ids[row, span] = leaf_ids[leaf]
         positions[:, row, span] = prompts[root].max() + 1 + np.arange(length)
+        for name, column in read[root].items():
+            columns[name][row, span] = layout.of_response(roots[root].ids, name, column)
         depth[row, span] = root_lengths[root] + np.arange(length)
         segment[row, span] = packing.num_trees + leaf
         parent[row, span] = tree
@@ -226,12 +241,13 @@ def build_batch(
         depth=as_tensor(depth),
         segment=as_tensor(segment),
         parent=as_tensor(parent),
+        columns={name: as_tensor(column) for name, column in columns.items()},
         block=as_tensor(block) if layout.both_ways else None,
         shared=shared,
         images=store.batch(list(images)) if features is None else None,
         features=None if features is None else tuple(dict(features[key]) for key in images),
         slots=tuple(images[key] for key in slots),
-        grids={} if shared else store.grids(slots),
+        grids=store.grids(slots),
         rows=as_tensor(np.concatenate(predictors)),
         labels=as_tensor(np.concatenate(leaf_ids)),
         sequence_ids=as_tensor(np.repeat(sequence, leaf_lengths)),

@@ -8,11 +8,12 @@ distinct images. The output of the vision tower is split by image again, and pla
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,8 +37,11 @@ Bundle = dict[str, torch.Tensor]
 Features = dict[str, torch.Tensor]
 """Output of the vision tower for one image, by name (`features`)."""
 
-_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
+_OF_TOKENS = ("input_ids", "attention_mask", "labels")
 _SEVERAL = "batch_num_images"  # LLaVA-OneVision cuts tiles only for a prompt's single image
+_PIXELS = "pixel_values"
+_KNOWN_FIELDS = {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}
+_DEEPER = "deepstack_features"
 
 
 @dataclass(frozen=True)
@@ -45,24 +49,36 @@ class Images:
     """The I distinct images of a batch.
 
     Attributes:
-        inputs: arguments of `get_image_features`.
-        rows: number of rows of `pixel_values` for each output.
+        calls: arguments of `get_image_features`: one call for all images, or one for each.
+        rows: number of rows of pixels for each output, if there is one call.
         order: for each image, the index of its output.
         tokens: number of tokens of each image in a prompt.
     """
 
-    inputs: Bundle
+    calls: tuple[Bundle, ...]
     rows: tuple[int, ...]
     order: tuple[int, ...]
     tokens: tuple[int, ...]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Images:
         """The same on `device`, with floating-point tensors in `dtype`."""
-        moved = {
-            name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-            for name, value in self.inputs.items()
-        }
-        return Images(moved, self.rows, self.order, self.tokens)
+        calls = tuple(moved(inputs, device, dtype) for inputs in self.calls)
+        return Images(calls, self.rows, self.order, self.tokens)
+
+
+def moved(
+    inputs: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Tensors on `device`, those of floating point in `dtype`."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        for name, value in inputs.items()
+    }
+
+
+def one_by_one(bundles: Sequence[Bundle], tokens: Sequence[int]) -> Images:
+    """A batch whose images pass the tower one by one, as the processor returned them."""
+    return Images(tuple(bundles), (), tuple(range(len(bundles))), tuple(tokens))
 
 
 def collate(bundles: Sequence[Bundle], tokens: Sequence[int]) -> Images:
@@ -83,8 +99,9 @@ def collate(bundles: Sequence[Bundle], tokens: Sequence[int]) -> Images:
         without_tiles = [1] * (len(several) - sum(several))
         with_tiles = [len(ordered) - len(without_tiles)] if any(several) else []
         inputs[_SEVERAL] = torch.tensor(without_tiles + with_tiles)
-    rows = tuple(len(bundle["pixel_values"]) for bundle in ordered)
-    return Images(inputs, rows, tuple(order), tuple(tokens))
+    pixels = next(name for name in ordered[0] if name.startswith(_PIXELS))
+    rows = tuple(len(bundle[pixels]) for bundle in ordered)
+    return Images((inputs,), rows, tuple(order), tuple(tokens))
 
 
 def _of_several(bundle: Bundle) -> bool:
@@ -101,29 +118,64 @@ def _stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([padded(value) for value in values])
 
 
-def features(vlm: PreTrainedModel, images: Images) -> list[Features]:
+def features(vlm: PreTrainedModel, images: Images, *, calls: int = 0) -> list[Features]:
     """Compute the features of each image by the vision tower, in order: tensors of (tokens, H).
 
     Their name is "list" or "tensor", after the form in which the model takes several images.
-    Further features for layers of the language model are "deepstack.0", ...
+    Further features for layers of the language model are "deepstack.0", ..., and those that all
+    images share are "shared.NAME".
+
+    Args:
+        vlm: the model.
+        images: the images.
+        calls: minimum number of calls of the tower. The last image is repeated for them, so that
+            all ranks make the same number.
 
     Raises:
         ValueError: when an image has more or fewer features than tokens in a prompt.
     """
-    output = vlm.model.get_image_features(**images.inputs)
+    model = vlm.model
+    accepted = inspect.signature(model.get_image_features).parameters
+    given = [*images.calls, *images.calls[-1:] * (calls - len(images.calls))]
+    outputs = [
+        model.get_image_features(**{n: v for n, v in inputs.items() if n in accepted})
+        for inputs in given
+    ]
+    output, several = outputs[0], len(images.calls) > 1 or not images.rows
     kind = "tensor" if isinstance(output.pooler_output, torch.Tensor) else "list"
-    parts = {kind: _by_image(output.pooler_output, images)}
-    for level, deeper in enumerate(getattr(output, "deepstack_features", None) or ()):
-        parts[f"deepstack.{level}"] = _by_image(deeper, images)
+    found = [_named(one, kind) for one in outputs]
+    parts = {
+        name: (
+            [_whole(one[name]) for one in found[: len(images.calls)]]
+            if several
+            else _by_image(found[0][name], images)
+        )
+        for name in found[0]
+    }
     for rows, expected in zip(parts[kind], images.tokens, strict=True):
         if len(rows) != expected:
             raise ValueError(
-                f"an image takes {expected} image tokens in a prompt, and the model produces "
-                f"{len(rows)} image features. The processor does not belong to this model. Check "
-                "its patch_size, vision_feature_select_strategy, num_additional_image_tokens and "
-                "image size."
+                f"an image takes {expected} image tokens in a prompt, and the model of type "
+                f"{vlm.config.model_type!r} produces {len(rows)} image features. If the model is "
+                "not of a tested type (docs/families.md), its images are in an unknown form. Else "
+                "the processor does not belong to this model. Check its patch_size, "
+                "vision_feature_select_strategy, num_additional_image_tokens and image size."
             )
-    return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+    shared = {
+        f"shared.{name}": value
+        for name, value in vars(output).items()
+        if name not in _KNOWN_FIELDS | {_DEEPER} and isinstance(value, torch.Tensor)
+    }
+    for extra in found[len(images.calls) :]:  # backward must run through every call
+        parts[kind][-1] = parts[kind][-1] + 0 * _whole(extra[kind]).sum()
+    per_image = zip(*parts.values(), strict=True)
+    return [dict(zip(parts, one, strict=True)) | shared for one in per_image]
+
+
+def _named(output: Any, kind: str) -> dict[str, Any]:
+    """The features in an output by name."""
+    deeper = getattr(output, _DEEPER, None) or ()
+    return {kind: output.pooler_output} | {f"deepstack.{i}": one for i, one in enumerate(deeper)}
 
 
 def _by_image(
@@ -135,13 +187,22 @@ def _by_image(
     return [parts[place].flatten(0, -2) for place in images.order]
 
 
+def _whole(output: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """All features of an output for one image, (tokens, H)."""
+    parts = [output] if isinstance(output, torch.Tensor) else output
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
 def in_slots(images: Sequence[Features], slots: Sequence[int]) -> SimpleNamespace:
     """Features for every image place, in the form that `get_image_features` returns."""
-    placed = {name: [images[image][name] for image in slots] for name in images[0]}
+    shared = {n.removeprefix("shared."): f for n, f in images[0].items() if n.startswith("shared.")}
+    names = [name for name in images[0] if not name.startswith("shared.")]
+    placed = {name: [images[image][name] for image in slots] for name in names}
     pooled = placed.pop("list", None)
     if pooled is None:
         pooled = torch.cat(placed.pop("tensor"))
-    return SimpleNamespace(pooler_output=pooled, deepstack_features=list(placed.values()))
+    deeper = {_DEEPER: list(placed.values())}
+    return SimpleNamespace(pooler_output=pooled, **deeper, **shared)
 
 
 @dataclass(frozen=True)
@@ -150,11 +211,37 @@ class SizeFacts:
 
     Attributes:
         tokens: image tokens of an image.
-        grids: the image inputs that positions depend on, flat, in the order of `Layout.grids`.
+        grids: the image inputs that the language model depends on (`flat_grids`).
     """
 
     tokens: int
     grids: tuple[int, ...]
+
+
+def flat_grids(bundle: Bundle, names: Sequence[str]) -> tuple[int, ...]:
+    """The tensors of a bundle with these names, as whole numbers.
+
+    Each is written as the index of its name, its number of axes, their sizes, and its values.
+    """
+    flat: list[int] = []
+    for index, name in enumerate(names):
+        if name in bundle:
+            value = bundle[name]
+            flat += [index, value.ndim, *value.shape, *value.flatten().tolist()]
+    return tuple(flat)
+
+
+def unflat_grids(flat: Sequence[int], names: Sequence[str]) -> Bundle:
+    """The inverse of `flat_grids`."""
+    found, at = {}, 0
+    while at < len(flat):
+        name, axes = names[flat[at]], flat[at + 1]
+        shape = flat[at + 2 : at + 2 + axes]
+        at += 2 + axes
+        size = math.prod(shape)
+        found[name] = torch.tensor(flat[at : at + size], dtype=torch.int64).view(*shape)
+        at += size
+    return found
 
 
 def image_key(facts: ImageFacts, several: bool) -> bytes:
@@ -194,12 +281,11 @@ def preprocess(
     text = processor.image_token * count
     outputs = processed(processor, record, [image] * count, text=[text])
     tokens = int((outputs["input_ids"] == layout.image_token_id).sum()) // count
-    bundle = bundle_of(outputs)
+    bundle = bundle_of(outputs, layout)
     if several:  # both copies are equal, so one is kept
         bundle = {name: value[:1] for name, value in bundle.items()}
         bundle[_SEVERAL] = torch.tensor([count])
-    grids = [bundle[name].flatten().tolist() for name in layout.grids if name in bundle]
-    return bundle, SizeFacts(tokens, tuple(chain.from_iterable(grids)))
+    return bundle, SizeFacts(tokens, flat_grids(bundle, layout.grids))
 
 
 class ImageStore:
@@ -219,6 +305,8 @@ class ImageStore:
         cache_bytes: size of the cache of preprocessed images. None means `CACHE_BYTES`.
 
     Attributes:
+        layout: layout of the processor's model.
+        processor: the processor.
         features: outputs of the vision tower by key, which batches hold instead of pixels. If
             None, every forward computes them.
     """
@@ -234,7 +322,7 @@ class ImageStore:
         workers: int = 0,
         cache_bytes: int | None = None,
     ) -> None:
-        self.layout = layout
+        self.layout, self.processor = layout, processor
         self.features: Mapping[str, Features] | None = None
         shared = copy.copy(processor)
         shared.tokenizer = _OneAtATime(processor.tokenizer)
@@ -275,13 +363,10 @@ class ImageStore:
         return self._used(key)[2].tokens
 
     def grids(self, keys: Sequence[str]) -> Bundle:
-        """The image inputs that positions depend on, concatenated; empty for most families."""
-        names = self.layout.grids if keys else ()
-        values = [self._used(key)[2].grids for key in keys] if names else []
-        if not any(values):
-            return {}
-        table = torch.tensor(values).view(len(keys), len(names), -1)
-        return {name: table[:, place] for place, name in enumerate(names)}
+        """The image inputs that the language model depends on, concatenated."""
+        names = self.layout.grids
+        found = [unflat_grids(self._used(key)[2].grids, names) for key in keys] if names else []
+        return {name: torch.cat([one[name] for one in found]) for name in (found or [{}])[0]}
 
     def bundle(self, key: str) -> Bundle:
         """The preprocessed image. Thread-safe.
@@ -313,7 +398,8 @@ class ImageStore:
     def batch(self, keys: Sequence[str]) -> Images:
         """A batch of distinct images."""
         make = map if self._pool is None else self._pool.map
-        return collate(list(make(self.bundle, keys)), [self.tokens(key) for key in keys])
+        join = one_by_one if self.layout.one_by_one else collate
+        return join(list(make(self.bundle, keys)), [self.tokens(key) for key in keys])
 
     def _make(self, key: str) -> Bundle:
         chunk, index, used = self._used(key)
@@ -396,12 +482,26 @@ def processed(
         ) from error
 
 
-def bundle_of(outputs: Mapping[str, torch.Tensor]) -> Bundle:
-    """The image inputs among the outputs of a processor for a prompt."""
+def bundle_of(outputs: Mapping[str, torch.Tensor], layout: Layout | None = None) -> Bundle:
+    """The image inputs among the outputs of a processor, or of an image processor."""
+    columns = {} if layout is None else columns_of(outputs, layout)
     return {
         name: value
         for name, value in outputs.items()
-        if name not in _OF_TOKENS and isinstance(value, torch.Tensor)
+        if name not in _OF_TOKENS and name not in columns and isinstance(value, torch.Tensor)
+    }
+
+
+def columns_of(outputs: Mapping[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
+    """The token columns among the outputs of a processor: integers shaped like `input_ids`."""
+    return {
+        name: value
+        for name, value in outputs.items()
+        if name not in _OF_TOKENS
+        and name not in layout.tower_inputs
+        and isinstance(value, torch.Tensor)
+        and not value.is_floating_point()
+        and value.shape == outputs["input_ids"].shape
     }
 
 

@@ -14,15 +14,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from realign.distributed import broadcast_from_rank0
-from realign.modeling import norms, tree_attention, varlen_attention
+from realign.distributed import most_of_ranks
+from realign.modeling import norms, start_check, tree_attention, varlen_attention
 from realign.modeling.attention import IMPLEMENTATIONS, forest_mask
-from realign.modeling.forest import Example, ForestBatch, build_batch
+from realign.modeling.forest import Example, ForestBatch
 from realign.modeling.images import Features, Images, ImageStore, features, in_slots
-from realign.modeling.layouts import SLIDING, TESTED, has_softcap, head_width, layout_of
+from realign.modeling.layouts import (
+    SLIDING,
+    frozen_by_default,
+    has_softcap,
+    head_width,
+    image_tower,
+    layout_of,
+    repeated,
+)
 from realign_kernels import (
     NonFiniteError,
     Objective,
@@ -34,12 +43,6 @@ from realign_kernels import (
 
 _JOIN = "merger"
 """Part of the names of tower layers that project to the language model (Qwen)."""
-
-_UNUSED = ("vqmodel", "generation")
-"""Prefixes of the modules that generate images (Janus), which no forward here calls."""
-
-_GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Largest mean difference per token between a forest's log-probs and separate forwards'."""
 
 
 class NonFiniteRecords(ValueError):
@@ -89,18 +92,20 @@ class ForestModel(nn.Module):
                 f"one of these as attn_implementation: {', '.join(IMPLEMENTATIONS.values())}."
             )
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
-        tower = vlm.model.get_encoder("image")
-        frozen = [] if train_vision else [p for n, p in tower.named_parameters() if _JOIN not in n]
-        for name, part in vlm.model.named_children():
-            frozen += part.parameters() if name.startswith(_UNUSED) else ()
-        for parameter in frozen:
+        self._train_vision = train_vision
+        for parameter in self.frozen_parameters():
             parameter.requires_grad_(False)
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Parameters of towers that are not trained, and of parts that images do not use."""
+        parts = frozen_by_default(self.vlm, self._train_vision)
+        return [p for part in parts for name, p in part.named_parameters() if _JOIN not in name]
 
     @property
     def layers(self) -> list[nn.Module]:
         """The repeated layers of language model and vision tower, which FSDP shards one by one."""
-        parts = (self.vlm.model.get_decoder(), self.vlm.model.get_encoder("image"))
-        return [layer for part in parts for layer in _repeated(part)]
+        parts = (self.vlm.model.get_decoder(), image_tower(self.vlm))
+        return [layer for part in parts if part is not None for layer in repeated(part)]
 
     def forward(
         self,
@@ -151,41 +156,54 @@ class ForestModel(nn.Module):
             ) from error
 
     def image_features(self, images: Images) -> list[Features]:
-        """Compute the features of each image, in order (`images.features`)."""
-        return features(self.vlm, images)
+        """Compute the features of each image, in order (`images.features`).
+
+        If the model is sharded, every rank must call it.
+        """
+        return self._image_features(images)
+
+    def plain_logits(self, inputs: Mapping[str, torch.Tensor], kept: int) -> torch.Tensor:
+        """The logits of a plain forward of the model, for the last tokens of each sequence.
+
+        Args:
+            inputs: output of the model's processor.
+            kept: number of tokens.
+
+        Returns:
+            (B, kept, V), in the model's dtype.
+        """
+        return self.vlm(**inputs, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
 
     def check_forest(
         self, example: Example, store: ImageStore, device: torch.device
     ) -> Iterator[str]:
-        """Compare one forest with separate forwards that use the model's own positions and masks.
+        """Compare forests with plain forwards, before the model is used (`start_check`).
 
-        If they differ, each response gets its own copy of the prompt for the rest of the run. Every
-        rank must call it, since its two forwards contain collectives.
+        Every rank must call it, since the forwards contain collectives.
+
+        Args:
+            example: an example of the data set.
+            store: the images of the data set.
+            device: device of the model.
 
         Yields:
             Lines to print: each deviation from the settings, with the reason.
+
+        Raises:
+            ValueError: when no form of a batch gives the log-probs of a plain forward. The message
+                names what differs.
         """
-        kind, layout = self.vlm.config.model_type, self.layout
         if self.attention == "eager" and has_softcap(self.vlm.config):
             yield "attention is eager: the model has a softcap, which sdpa lacks"
         if self.instead:
             yield f"attention is {self.attention}: {self.instead}"
-        if layout.shares_prefix:
-            shared = build_batch([example], store, row_tokens=example.longest_tree)
-            separate = build_batch([example], store, row_tokens=0, shared=False)
-            with torch.no_grad():
-                change = self.logps(shared.to(device)) - self.logps(separate.to(device))
-            local_gap = float(change.abs().mean())
-            gap = broadcast_from_rank0(lambda: local_gap)  # one decision for all ranks
-            if gap > _GAPS[self.dtype]:
-                layout.separate = f"with a shared copy log-probs differ by {gap:.2g} per token"
-            if kind not in TESTED:
-                yield (
-                    f"models of type {kind!r} are untested: on the first record, log-probs of a "
-                    f"forest differ from separate forwards by {gap:.1g} per token"
-                )
-        if not layout.shares_prefix:
-            yield f"each response gets its own copy of the prompt: {layout.separate}"
+        yield from start_check.run(self, example, store, device)
+
+    def _image_features(self, images: Images) -> list[Features]:
+        calls = len(images.calls)
+        if self.layout.one_by_one and isinstance(self, FSDPModule):
+            calls = most_of_ranks(calls, next(iter(images.calls[0].values())).device)
+        return features(self.vlm, images, calls=calls)
 
     def _head_inputs(
         self, batch: ForestBatch
@@ -204,8 +222,9 @@ class ForestModel(nn.Module):
             by_image = batch.features
             if by_image is None:
                 assert batch.images is not None
-                by_image = features(self.vlm, batch.images.to(batch.input_ids.device, self.dtype))
+                by_image = self._image_features(batch.images.to(batch.input_ids.device, self.dtype))
             inputs["mm_encoder_outputs"] = {"image": in_slots(by_image, batch.slots)}
+        inputs |= batch.columns | batch.grids
         masks: dict = {}
         if batch.shared:
             masks = {kind: self._mask(batch, kind) for kind in self.layout.kinds}
@@ -217,15 +236,6 @@ class ForestModel(nn.Module):
                 inputs["sequences"] = batch.sequences
         else:
             inputs["attention_mask"] = (batch.segment >= 0).long()
-            inputs |= batch.grids
-            image = batch.input_ids == self.layout.image_token_id
-            if self.layout.rope_index:
-                inputs["mm_token_type_ids"] = image.int()
-            if self.layout.both_ways == "image":
-                inputs["token_type_ids"] = image.long()
-            elif self.layout.both_ways == "prompt":
-                assert batch.block is not None
-                inputs["token_type_ids"] = (batch.block < 0).long()
         decoder = self.vlm.model.get_decoder()
         with takes_masks(decoder, masks) if len(masks) > 1 else nullcontext():
             states = self.vlm.model(**inputs).last_hidden_state
@@ -236,14 +246,8 @@ class ForestModel(nn.Module):
     def _mask(self, batch: ForestBatch, kind: str) -> torch.Tensor | BlockMask:
         window = self.layout.window if kind == SLIDING else None
         beyond = self.layout.both_ways == "prompt"
-        return forest_mask(batch, self.attention, self.dtype, window, beyond)
-
-
-def _repeated(module: nn.Module) -> list[nn.Module]:
-    """The members of a module's outermost `ModuleList`s."""
-    if isinstance(module, nn.ModuleList):
-        return list(module)
-    return [layer for child in module.children() for layer in _repeated(child)]
+        blocks = kind in self.layout.both_ways_kinds
+        return forest_mask(batch, self.attention, self.dtype, window, beyond, blocks)
 
 
 @contextmanager

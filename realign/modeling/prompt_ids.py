@@ -10,6 +10,10 @@ Most processors replace each image token by a text that depends on the size only
 text is put into later prompts without a call of the processor, which takes 0.6 ms.
 
 The first prompts are also made by the unchanged processor. If any token differs, all prompts are.
+
+Some processors return further integers for each token, such as its modality. These *token columns*
+are learned from prompts that the processor made: a value for each special token, and one for all
+others. If a column is not of that kind, the processor makes all prompts.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ from realign.data.errors import Malformed
 from realign.data.record_table import ImageFacts
 from realign.modeling.chat import TextInputs
 from realign.modeling.examples import expand
-from realign.modeling.images import SizeFacts, cuts_tiles, preprocess, processed
+from realign.modeling.images import SizeFacts, columns_of, cuts_tiles, preprocess, processed
 from realign.modeling.layouts import Layout
 
 _CHECKED = 4
@@ -35,6 +39,18 @@ _CHECKED = 4
 
 Size = tuple[int, int]  # width, height
 Key = tuple[str, tuple[Size, ...]]  # text of a prompt, and sizes of its images
+
+
+class Tokens(NamedTuple):
+    """The tokens of a prompt.
+
+    Attributes:
+        ids: (P,) int64, with image tokens.
+        columns: further integers of each token by name, (P,) int64 each.
+    """
+
+    ids: np.ndarray
+    columns: dict[str, np.ndarray]
 
 
 class PromptIds:
@@ -67,7 +83,8 @@ class PromptIds:
         self._replaces = True
         self._seen: set[tuple[Size, ...]] = set()
         self._texts: dict[Key, tuple[str, bool] | None] = {}
-        self._ids: dict[Key, np.ndarray] = {}
+        self._ids: dict[Key, Tokens] = {}
+        self._columns = _ColumnTable(self._tokenizer, layout)
 
     def size(self, record: str, image: ImageFacts, several: bool) -> SizeFacts:
         """Facts of all images of a size.
@@ -117,11 +134,12 @@ class PromptIds:
                     continue
                 for (key, text), ids in zip(group, encoded, strict=True):
                     expanded = self._expanded(text, np.array(ids))
-                    if expanded is not None:
-                        self._ids[key] = expanded
+                    columns = None if expanded is None else self._columns.of(expanded)
+                    if expanded is not None and columns is not None:
+                        self._ids[key] = Tokens(expanded, columns)
 
-    def ids(self, record: str, key: Key) -> np.ndarray:
-        """Token ids of a prompt, (P,) int64, with its image tokens.
+    def tokens(self, record: str, key: Key) -> Tokens:
+        """The tokens of a prompt.
 
         Raises:
             RecordError: when the processor raises any error.
@@ -183,22 +201,28 @@ class PromptIds:
             pass
         return None
 
-    def _by_processor(self, record: str, key: Key, processor) -> np.ndarray:
+    def _by_processor(self, record: str, key: Key, processor) -> Tokens:
         text, sizes = key
         blanks = [Image.new("RGB", size) for size in sizes]
         outputs = processed(processor, record, blanks, **self._inputs([text]))
-        return outputs["input_ids"][0].numpy()
+        columns = columns_of(outputs, self._layout)
+        tokens = Tokens(
+            outputs["input_ids"][0].numpy(),
+            {name: column[0].long().numpy() for name, column in columns.items()},
+        )
+        self._columns.learn(tokens)
+        return tokens
 
     def _check(self, record: str, key: Key) -> None:
         """Compare a prompt with that of the unchanged processor."""
         expected = self._by_processor(record, key, self._processor)
         self.tokenize()
-        if not np.array_equal(self._ids.get(key, []), expected):
+        if not _equal(self._ids.get(key), expected):
             self._run = None
             self._texts = dict.fromkeys(self._texts)
             self._log("prompts are made one by one: the processor changes them as it tokenizes")
             stored = self._by_processor(record, key, self._stored)
-            if not np.array_equal(stored, expected):  # it reads pixels
+            if not _equal(stored, expected):  # it reads pixels
                 self._stored = self._processor
             for known in self._texts:
                 self._ids[known] = self._by_processor(record, known, self._stored)
@@ -214,6 +238,55 @@ class PromptIds:
         if int((ids == self._layout.image_token_id).sum()) != len(runs):
             return None
         return expand(ids, np.array(runs, np.int64), self._layout.image_token_id)
+
+
+def _equal(found: Tokens | None, expected: Tokens) -> bool:
+    """Whether two prompts have the same tokens."""
+    return (
+        found is not None
+        and np.array_equal(found.ids, expected.ids)
+        and found.columns.keys() == expected.columns.keys()
+        and all(np.array_equal(found.columns[n], c) for n, c in expected.columns.items())
+    )
+
+
+class _ColumnTable:
+    """Token columns as functions of token ids, learned from prompts of the processor."""
+
+    def __init__(self, tokenizer: Any, layout: Layout) -> None:
+        special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+        self._special = np.array(sorted(special | {layout.image_token_id}), np.int64)
+        self._names: frozenset[str] | None = None
+        # (name, id of a special token, or -1 for all other tokens) -> value
+        self._values: dict[tuple[str, int], int] = {}
+        self._is_function = True
+
+    def learn(self, tokens: Tokens) -> None:
+        """Learn the values of the tokens of a prompt."""
+        names = frozenset(tokens.columns)
+        self._is_function &= self._names in (None, names)
+        self._names = names
+        kinds = np.where(np.isin(tokens.ids, self._special), tokens.ids, -1)
+        for name, column in tokens.columns.items():
+            for kind, value in np.unique(np.stack([kinds, column]), axis=1).T.tolist():
+                self._is_function &= self._values.setdefault((name, kind), value) == value
+
+    def of(self, ids: np.ndarray) -> dict[str, np.ndarray] | None:
+        """The columns of tokens, (P,) int64 each. None if the processor has to make them."""
+        if self._names is None or not self._is_function:
+            return None
+        if not self._names:
+            return {}
+        kinds, places = np.unique(
+            np.where(np.isin(ids, self._special), ids, -1), return_inverse=True
+        )
+        try:
+            return {
+                name: np.array([self._values[name, kind] for kind in kinds.tolist()])[places]
+                for name in sorted(self._names)
+            }
+        except KeyError:
+            return None
 
 
 def check_prompt_ids(

@@ -25,13 +25,14 @@ from realign.data.images import decoder
 from realign.distributed import log_rank0, world_size
 from realign.modeling.examples import Example, Leaf, leaves_of
 from realign.modeling.forest import build_batch
+from realign.modeling.layouts import image_tower
 from realign.modeling.loading import adapters_off
 from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import pinned
 from realign.progress import Progress
 from realign_kernels import ReferenceCache, linear_logprobs
 
-_LAYOUT = "forest-5"
+_LAYOUT = "forest-6"
 """Version of the forward; changed when the same leaf would get a different log-prob."""
 
 _NO_EFFECT = {
@@ -79,7 +80,7 @@ def description(
     kernels: str = "eager",
 ) -> dict[str, str]:
     """The fingerprint without the weights, so that they need not be loaded."""
-    parts = (vlm, vlm.model.get_decoder(), vlm.model.get_encoder("image"))
+    parts = (vlm, vlm.model.get_decoder(), image_tower(vlm) or vlm)
     attention = {str(part.config._attn_implementation) for part in parts}
     return {
         "dtype": str(dtype).removeprefix("torch."),

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from realign import distributed
 from realign.modeling.forest import Example, ForestBatch
 from realign.modeling.images import Images
-from realign.modeling.layouts import head_width
+from realign.modeling.layouts import head_width, image_tower
 from realign.modeling.model import ForestModel
 
 TIMING = (
@@ -152,7 +152,7 @@ def cost_of(model: ForestModel, per_image_token: float = 0.0, *, backward: bool 
     vlm, text = model.vlm, model.vlm.config.get_text_config()
     head = vlm.get_output_embeddings()
     assert head is not None
-    trains_tower = backward and _is_trained(vlm.model.get_encoder("image"))
+    trains_tower = backward and _is_trained(image_tower(vlm) or nn.Module())
     width = text.num_attention_heads * head_width(text)
     return Cost(
         token=_linear(vlm.model.get_decoder(), backward),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
-from realign.modeling.images import bundle_of
+from realign.modeling.images import bundle_of, columns_of
 from realign.modeling.layouts import SLIDING, Layout
 from realign.modeling.model import takes_masks
 
@@ -62,18 +62,27 @@ class RowReader:
         ]
         sizes = [len(prompt) for prompt in prompts]
         pieces = {n: inputs[n].cpu().split(list(images)) for n in layout.grids if n in inputs}
+        read = columns_of(inputs, layout)
         grids = [{name: parts[i] for name, parts in pieces.items()} for i in range(len(prompts))]
         lengths = [size + len(block) for size, block in zip(sizes, blocks, strict=True)]
         width = max(lengths)
         ids = np.zeros((len(prompts), width), np.int64)
         block = np.full(ids.shape, -1, np.int64)
+        columns: dict[str, np.ndarray] = {}
+        self._fill: dict[str, int] = {}  # values of token columns after a prompt
         # The position of a token after its prompt is its column plus this offset, on all axes.
         offsets: list[int] = []
         positions = []
         for row, (prompt, response) in enumerate(zip(prompts, blocks, strict=True)):
             ids[row, : lengths[row]] = [*prompt, *response]
-            block[row, : sizes[row]] = layout.blocks(prompt) if layout.both_ways else -1
-            prompt_axes = layout.positions(prompt, grids[row])
+            own = {n: column[row].cpu()[unpadded[row]].long().numpy() for n, column in read.items()}
+            own = layout.columns(prompt, own)
+            for name, column in own.items():
+                self._fill[name] = layout.of_response(prompt, name, column)
+                padded = np.append(column, np.full(width - sizes[row], self._fill[name]))
+                columns.setdefault(name, np.zeros_like(ids))[row] = padded
+            block[row, : sizes[row]] = layout.blocks(own) if layout.both_ways else -1
+            prompt_axes = layout.positions(prompt, grids[row], own)
             offsets.append(int(prompt_axes.max()) + 1 - sizes[row])
             later = offsets[-1] + np.arange(sizes[row], width)
             positions.append(
@@ -84,15 +93,16 @@ class RowReader:
         self._offsets = torch.tensor(offsets, device=device)
         self._lengths = torch.tensor(lengths, device=device)
         self._axes = len(axes)
-        columns = self._cache.place(torch.zeros_like(self._lengths), width, width)
+        places = self._cache.place(torch.zeros_like(self._lengths), width, width)
         kwargs = {
             "input_ids": torch.from_numpy(ids).to(device),
             "position_ids": torch.from_numpy(axes if len(axes) > 1 else axes[0]).to(device),
-            **bundle_of(inputs),
+            **{name: torch.from_numpy(column).to(device) for name, column in columns.items()},
+            **bundle_of(inputs, layout),
         }
         masks = {}
         if not layout.causal:
-            masks = self._masks(columns, torch.from_numpy(block).to(device))
+            masks = self._masks(places, torch.from_numpy(block).to(device))
         return self._scores(kwargs, masks, self._lengths - 1)
 
     def more(self, blocks: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -111,6 +121,7 @@ class RowReader:
         if self._axes > 1:
             positions = positions.expand(self._axes, -1, -1)
         kwargs = {"input_ids": ids.to(device), "position_ids": positions}
+        kwargs |= {name: torch.full_like(kwargs["input_ids"], v) for name, v in self._fill.items()}
         return self._scores(kwargs, self._masks(columns), (sizes - 1).clamp(min=0))
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -149,7 +160,7 @@ class RowReader:
         for kind in self.layout.kinds:
             window = self.layout.window if kind == SLIDING else None
             mask, local = distance >= 0, distance < (1 << 30 if window is None else window)
-            if block is not None and self.layout.both_ways:
+            if block is not None and kind in self.layout.both_ways_kinds:
                 same_block = (block[:, :, None] == block[:, None]) & (block[:, :, None] >= 0)
                 if self.layout.both_ways == "prompt":  # the window does not limit the prompt
                     mask, local = mask & local | same_block, local | same_block

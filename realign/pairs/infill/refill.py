@@ -134,6 +134,8 @@ def reason_for_single(vlm: Any, processor: Any) -> str | None:
         layout = layout_of(vlm)
     except ValueError as error:
         return str(error)
+    if layout.one_by_one:
+        return "images pass its vision tower one by one"
     if unsupported := sorted(set(layout.kinds) - {FULL, SLIDING}):
         return f"its {', '.join(unsupported)} layers keep a state that cannot be padded"
     attention = vlm.model.get_decoder().config._attn_implementation

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from realign.digits import ASSETS
-from realign.modeling.images import Bundle, bundle_of, collate, features
-from realign.modeling.layouts import layout_of
+from realign.modeling.images import Bundle, bundle_of, collate, features, one_by_one
+from realign.modeling.layouts import Layout, layout_of
 from realign.modeling.loading import DTYPES, from_pretrained, load_model, load_processor
 from realign.modeling.prefetch import Copies
 from realign.modeling.sentence_models import load_sentence_model
@@ -197,7 +197,7 @@ class Embedder:
                 return tower(pixel_values=pixels).last_hidden_state.float().mean(1)
 
             return Encoder(_preprocessing(processor.image_processor), states)
-        image_token, decoder = layout_of(vlm).image_token_id, vlm.model.get_decoder()
+        layout, decoder = layout_of(vlm), vlm.model.get_decoder()
         for part in [n for n, child in vlm.model.named_children() if child is decoder]:
             setattr(vlm.model, part, None)
         encoder: Any = SimpleNamespace(model=vlm.model.to(self.device))
@@ -206,11 +206,12 @@ class Embedder:
 
         def prepare(image: Image.Image) -> tuple[Bundle, int]:
             with processors.borrow() as own:
-                return _bundle(own, image, image_token)
+                return _bundle(own, image, layout)
 
         def encode(prepared: list[tuple[Bundle, int]]) -> torch.Tensor:
             bundles, tokens = zip(*prepared, strict=True)
-            batch = collate(bundles, tokens).to(self.device, self.dtype)
+            join = one_by_one if layout.one_by_one else collate
+            batch = join(bundles, tokens).to(self.device, self.dtype)
             by_image = features(encoder, batch)
             return torch.stack([next(iter(f.values())).float().mean(0) for f in by_image])
 
@@ -230,18 +231,20 @@ def _preprocessing(processor: Any) -> Callable[[Image.Image], Bundle]:
 
 def _is_plain(processor: Any) -> bool:
     """Whether a processor returns only `pixel_values`, with one size for all images."""
-    bundles = [_bundle(processor, Image.new("RGB", size), 0)[0] for size in ((64, 64), (440, 110))]
+    bundles = [
+        _bundle(processor, Image.new("RGB", size), Layout(0))[0] for size in ((64, 64), (440, 110))
+    ]
     shapes = [tuple(b["pixel_values"].shape) for b in bundles if set(b) == {"pixel_values"}]
     return len(shapes) == 2 and len(set(shapes)) == 1 and len(shapes[0]) == 4 and shapes[0][0] == 1
 
 
-def _bundle(processor: Any, image: Image.Image, image_token: int) -> tuple[Bundle, int]:
+def _bundle(processor: Any, image: Image.Image, layout: Layout) -> tuple[Bundle, int]:
     """Image inputs of a prompt with one image, and the number of its image tokens."""
     if max(image.size) > _SIDE:
         image = image.copy()
         image.thumbnail((_SIDE, _SIDE))
     encoded = processor(images=[[image]], text=[processor.image_token], return_tensors="pt")
-    return bundle_of(encoded), int((encoded["input_ids"] == image_token).sum())
+    return bundle_of(encoded, layout), int((encoded["input_ids"] == layout.image_token_id).sum())
 
 
 def _crop_strip(image: Image.Image) -> Image.Image:
