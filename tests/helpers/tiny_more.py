@@ -21,7 +21,6 @@ from tiny_vlms import (
     _llava,
     _llava_next,
     _mrope,
-    _qwen,
     _qwen3_5,
     _qwen3_vl,
     _siglip,

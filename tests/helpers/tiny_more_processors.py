@@ -62,7 +62,9 @@ _GEMMA4 = {
 
 def _gemma4(processor, image):
     special, ends = ["<|turn>", "<turn|>", "<|video|>"], ("<bos>", "<eos>", "<pad>")
-    tokenizer = _tokenizer(special, **dict(zip(("bos", "eos", "pad"), ends, strict=True)), **_GEMMA4)
+    tokenizer = _tokenizer(
+        special, **dict(zip(("bos", "eos", "pad"), ends, strict=True)), **_GEMMA4
+    )
     end = f"<turn|>{_LINE}"
     turns = f"<|turn>{_ROLE}{_LINE}", f"<|turn>model{_LINE}"
     return processor(
@@ -123,7 +125,9 @@ def _minicpm(version: int, slices: bool):
     video = VideoProcessorMixin()
     video.slice_mode, video.downsample_mode = False, "16x"
     image = _pil("minicpmv4_6", "MiniCPMV4_6")(
-        max_slice_nums=3 if slices else 1, scale_resolution=32 if slices else 64, patch_size=8,
+        max_slice_nums=3 if slices else 1,
+        scale_resolution=32 if slices else 64,
+        patch_size=8,
         slice_mode=slices,
     )
     processor = getattr(hf, f"MiniCPMV4_{version}Processor")
@@ -399,5 +403,3 @@ def aya_vision():
         downsample_factor=2,
         chat_template=_template(*_COHERE_TURNS, "<image>", start="<BOS_TOKEN>"),
     )
-
-

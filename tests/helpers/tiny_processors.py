@@ -106,7 +106,11 @@ def _template(user: str, assistant: str, end: str, close: str, image: str, start
 def _chatml(image: str) -> str:
     end = "<|im_end|>{{ '\\n' }}"
     return _template(
-        "<|im_start|>{{ message['role'] }}{{ '\\n' }}", "<|im_start|>assistant{{ '\\n' }}", end, end, image
+        "<|im_start|>{{ message['role'] }}{{ '\\n' }}",
+        "<|im_start|>assistant{{ '\\n' }}",
+        end,
+        end,
+        image,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
+
 def encode(processor, images: Sequence[Image.Image], text: str) -> dict[str, torch.Tensor]:
     """All outputs of the processor for images and a rendered prompt, of batch size 1."""
     return dict(processor(images=list(images), text=[text], return_tensors="pt"))

@@ -66,6 +66,34 @@ def test_log_probs_depend_on_every_image_and_early_token(made, family):
     torch.testing.assert_close(longer[:-1], base, atol=1e-5, rtol=0)  # later tokens have no effect
 
 
+@pytest.mark.parametrize("family", EVERY)
+def test_the_truth_is_what_generate_computes(made, family):
+    """Token by token with a cache, in the processor's own rendering, and in training mode."""
+    vlm, processor = made(family)
+    images = random_images(np.random.default_rng(6), 1, SIZES[2:])
+    text, messages = chat_prompt(processor, TURNS, 1)
+    inputs = encode(processor, images, text)
+    parts = [{"type": "image", "image": images[0]}, *messages[0]["content"][1:]]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    messages = [{"role": "user", "content": parts}]
+    theirs = processor.apply_chat_template(messages, return_tensors="pt", **options)
+    assert all(torch.equal(inputs[name], theirs[name]) for name in theirs)
+    special = processor.tokenizer.convert_tokens_to_ids("\n")  # the first id of a word
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    answer = vlm.generate(
+        **given, max_new_tokens=4, do_sample=False, eos_token_id=[1 << 20], pad_token_id=0,
+        suppress_tokens=[*range(special)], return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    response = answer.sequences[0, inputs["input_ids"].shape[1] :]
+    logits = torch.cat(answer.logits).double().log_softmax(-1)
+    generated = logits.gather(1, response[:, None])[:, 0]
+    with torch.no_grad():
+        for mode in (vlm.train, vlm.eval):
+            mode()
+            scored = separate_logps(vlm, inputs, [response.tolist()])[0]
+            torch.testing.assert_close(scored, generated, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("family", ["gemma3", "paligemma"])
 def test_sliding_windows_and_bidirectional_blocks_have_an_effect(made, family):
     vlm, processor = made(family)
