@@ -214,7 +214,7 @@ def ernie4_5_vl_moe(processor) -> dict:
         for name in ("image", "image_start", "image_end", "video", "video_start", "video_end")
     }
     experts = {"moe_k": 2, "moe_num_experts": 4, "moe_num_shared_experts": 1}
-    experts |= {"moe_intermediate_size": [16, 16], "mlp_layer_types": ["dense", "sparse"]}
+    experts |= {"moe_intermediate_size": [16, 16], "mlp_layer_types": ["sparse"] * 2}
     vision = {"depth": 2, "hidden_size": TOWER, "num_heads": 2, "patch_size": 7}
     text = _text(processor, heads=2, **experts, rope_parameters=_mrope(3, 3, 2))
     return ids | {"vision_config": vision | {"intermediate_size": 32}, "text_config": text}

@@ -23,9 +23,14 @@ def made():
     return functools.cache(make)
 
 
-def _prompt(processor, images, text=None):
-    turns = TURNS if text is None else ({"role": "user", "content": text},)
+def _prompt(processor, images, turns=TURNS):
     return chat_prompt(processor, turns, images)[0]
+
+
+def _images(family, seed):
+    """Two images of different sizes, or one where the processor takes only one."""
+    count = CASES[family].images if family in CASES else 2
+    return random_images(np.random.default_rng(seed), 2, SIZES[1:])[:count]
 
 
 def _response(processor):
@@ -40,9 +45,8 @@ def _logps(vlm, processor, inputs, *more):
 @pytest.mark.parametrize("family", EVERY)
 def test_log_probs_depend_on_every_image_and_early_token(made, family):
     vlm, processor = made(family)
-    rng = np.random.default_rng(2)
-    count = min(2, CASES[family].images if family in CASES else 2)
-    images = random_images(rng, count, SIZES[1 : count + 1])
+    images = _images(family, 2)
+    count = len(images)
     inputs = encode(processor, images, _prompt(processor, count))
     base = _logps(vlm, processor, inputs)
     assert torch.equal(base, _logps(vlm, processor, inputs))
@@ -57,6 +61,10 @@ def test_log_probs_depend_on_every_image_and_early_token(made, family):
     if count == 2:  # their order matters
         other = encode(processor, images[::-1], _prompt(processor, count))
         assert (_logps(vlm, processor, other) - base).abs().max() > 1e-2
+    words = [{"type": "text", "text": TURNS[0]["content"]}]
+    behind = ({"role": "user", "content": words + [{"type": "image"}] * count},)
+    moved = encode(processor, images, _prompt(processor, count, behind))
+    assert (_logps(vlm, processor, moved) - base).abs().max() > 1e-2
     swapped = dict(inputs, input_ids=inputs["input_ids"].clone())
     words = processor.tokenizer("the red", add_special_tokens=False)["input_ids"]
     first = (swapped["input_ids"][0] == words[0]).nonzero()[0]
@@ -70,10 +78,11 @@ def test_log_probs_depend_on_every_image_and_early_token(made, family):
 def test_the_truth_is_what_generate_computes(made, family):
     """Token by token with a cache, in the processor's own rendering, and in training mode."""
     vlm, processor = made(family)
-    images = random_images(np.random.default_rng(6), 1, SIZES[2:])
-    text, messages = chat_prompt(processor, TURNS, 1)
+    images = _images(family, 6)
+    text, messages = chat_prompt(processor, TURNS, len(images))
     inputs = encode(processor, images, text)
-    parts = [{"type": "image", "image": images[0]}, *messages[0]["content"][1:]]
+    parts = [{"type": "image", "image": image} for image in images]
+    parts += messages[0]["content"][len(images) :]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
     messages = [{"role": "user", "content": parts}]
     theirs = processor.apply_chat_template(messages, return_tensors="pt", **options)
