@@ -63,7 +63,7 @@ def truth(vlm, family, examples, objective=OBJECTIVE, records=None):
         for leaf, named in zip(example.leaves, objective.leaves, strict=True):
             stored = record.images if named.image == "image" else record.retrieved_images
             text = chat_prompt(processor, record.prompt, len(stored))[0]
-            inputs = encode(processor, [[one.open("") for one in stored]], text)
+            inputs = encode(processor, [one.open("") for one in stored], text)
             row.append(separate_logps(vlm, inputs, [leaf.ids])[0].sum())
         table.append(torch.stack(row))
     return torch.stack(table, 1)

@@ -63,9 +63,15 @@ def make_processor(family: str):
     return _PROCESSORS[family]()
 
 
-def _tokenizer(family: str) -> hf.PreTrainedTokenizerFast:
-    """A word-level tokenizer for words, newlines and punctuation."""
+def _tokenizer_of(family: str) -> hf.PreTrainedTokenizerFast:
     (bos, eos, pad), special, named = _TOKENS[family]
+    return _tokenizer(special, bos=bos, eos=eos, pad=pad, **named)
+
+
+def _tokenizer(
+    special: list[str], *, bos: str | None, eos: str, pad: str, **named: str
+) -> hf.PreTrainedTokenizerFast:
+    """A word-level tokenizer for words, newlines and punctuation."""
     first = [pad, *([bos] if bos else []), eos, "<unk>"]
     special = [*dict.fromkeys([*first, *named.values(), *special])]
     words = ["\n", "\n\n", ":", ".", "?", "Here", *_ROLES, *WORDS]
@@ -100,7 +106,11 @@ def _template(user: str, assistant: str, end: str, close: str, image: str, start
 def _chatml(image: str) -> str:
     end = "<|im_end|>{{ '\\n' }}"
     return _template(
-        "<|im_start|>user{{ '\\n' }}", "<|im_start|>assistant{{ '\\n' }}", end, end, image
+        "<|im_start|>{{ message['role'] }}{{ '\\n' }}",
+        "<|im_start|>assistant{{ '\\n' }}",
+        end,
+        end,
+        image,
     )
 
 
@@ -111,7 +121,7 @@ _VICUNA = _template("USER: ", "ASSISTANT: ", " ", " ", "<image>{{ '\\n' }}", sta
 def _llava():
     return hf.LlavaProcessor(
         hf.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=_SQUARE),
-        _tokenizer("llava"),
+        _tokenizer_of("llava"),
         patch_size=7,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -124,7 +134,7 @@ def _llava_next():
     image = "<image>{{ '\\n' }}"
     return hf.LlavaNextProcessor(
         hf.LlavaNextImageProcessorPil(image_grid_pinpoints=_GRID, **size),
-        _tokenizer("llava_next"),
+        _tokenizer_of("llava_next"),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -135,7 +145,7 @@ def _llava_next():
 def _llava_onevision():
     return hf.LlavaOnevisionProcessor(
         hf.LlavaOnevisionImageProcessorPil(size=_SQUARE, image_grid_pinpoints=_GRID),
-        _tokenizer("llava_onevision"),
+        _tokenizer_of("llava_onevision"),
         VideoProcessorMixin(),
         num_image_tokens=4,
         vision_feature_select_strategy="full",
@@ -148,7 +158,7 @@ def _qwen(processor):
     size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}  # pixels
     return processor(
         hf.Qwen2VLImageProcessorPil(patch_size=7, merge_size=2, temporal_patch_size=2, size=size),
-        _tokenizer("qwen"),
+        _tokenizer_of("qwen"),
         VideoProcessorMixin(),
         chat_template=_chatml("<|vision_start|><|image_pad|><|vision_end|>"),
     )
@@ -158,7 +168,7 @@ def _idefics(processor, image_processor, *more, **end_of_turn: str):
     end = "<end_of_utterance>{{ '\\n' }}"
     return processor(
         image_processor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}),
-        _tokenizer("idefics"),
+        _tokenizer_of("idefics"),
         *more,
         image_seq_len=4,
         chat_template=_template("User: ", "Assistant: ", end, end, "<image>", **end_of_turn),
@@ -168,7 +178,7 @@ def _idefics(processor, image_processor, *more, **end_of_turn: str):
 def _internvl():
     return hf.InternVLProcessor(
         hf.GotOcr2ImageProcessorPil(size=_SQUARE, crop_to_patches=True, max_patches=3),
-        _tokenizer("internvl"),
+        _tokenizer_of("internvl"),
         VideoProcessorMixin(),
         image_seq_length=4,
         chat_template=_chatml("<IMG_CONTEXT>{{ '\\n' }}"),
@@ -180,7 +190,7 @@ def _gemma3():
     turns = [f"<start_of_turn>{role}{{{{ '\\n' }}}}" for role in ("user", "model")]
     return hf.Gemma3Processor(
         hf.Gemma3ImageProcessorPil(size=_SQUARE),
-        _tokenizer("gemma3"),
+        _tokenizer_of("gemma3"),
         image_seq_length=4,
         chat_template=_template(*turns, end, end, "<start_of_image>", start="<bos>"),
     )
@@ -190,7 +200,7 @@ def _paligemma():
     image = hf.SiglipImageProcessorPil(size=_SQUARE)
     image.image_seq_length = 16
     template = _template("", " ", "", "<eos>", "<image>")
-    return hf.PaliGemmaProcessor(image, _tokenizer("paligemma"), chat_template=template)
+    return hf.PaliGemmaProcessor(image, _tokenizer_of("paligemma"), chat_template=template)
 
 
 def _janus():
@@ -198,7 +208,7 @@ def _janus():
     turns = "User: ", "Assistant: ", "{{ '\\n\\n' }}", end
     return hf.JanusProcessor(
         hf.JanusImageProcessorPil(size=_SQUARE),
-        _tokenizer("janus"),
+        _tokenizer_of("janus"),
         num_image_tokens=16,
         chat_template=_template(*turns, image + "{{ '\\n' }}", start=begin),
     )

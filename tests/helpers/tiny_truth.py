@@ -7,26 +7,28 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-_OF_RESPONSE = {"attention_mask": 1, "mm_token_type_ids": 0}
-
 
 def encode(processor, images: Sequence[Image.Image], text: str) -> dict[str, torch.Tensor]:
-    """The processor's output for images and a rendered prompt: (1, P) ids and image inputs."""
-    made = processor(images=list(images), text=[text], return_tensors="pt")
-    return {name: value for name, value in made.items() if name != "labels"}
+    """All outputs of the processor for the images of one rendered prompt."""
+    return dict(processor(images=[list(images)], text=[text], return_tensors="pt"))
 
 
 def with_response(inputs: dict, response: Sequence[int], family: str) -> dict[str, torch.Tensor]:
-    """Append response ids to the prompt, and a column per token to the other token inputs.
+    """Append response ids to the prompt, and a column per token to every other token input.
 
-    `token_type_ids` of a response are 0 for Gemma 3 (no image) and 1 for PaliGemma (suffix).
+    Token inputs are those with the shape of the ids. Those of a response are 1 in the attention
+    mask, and 0 in the others, for text. `token_type_ids` of PaliGemma are 1, for the suffix.
     """
-    ids = torch.as_tensor(response)[None]
-    filler = _OF_RESPONSE | {"token_type_ids": int(family == "paligemma")}
-    longer = dict(inputs)
-    longer["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
-    for name in filler.keys() & inputs.keys():
-        longer[name] = torch.cat([inputs[name], torch.full_like(ids, filler[name])], 1)
+    ids, prompt = torch.as_tensor(response)[None], inputs["input_ids"]
+    filler = {"attention_mask": 1} | ({"token_type_ids": 1} if family == "paligemma" else {})
+    longer = {}
+    for name, value in inputs.items():
+        if name == "labels":
+            continue
+        if isinstance(value, torch.Tensor) and value.shape == prompt.shape:
+            column = torch.full_like(ids, filler.get(name, 0))
+            value = torch.cat([value, ids if name == "input_ids" else column.to(value.dtype)], 1)
+        longer[name] = value
     return longer
 
 

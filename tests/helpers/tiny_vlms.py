@@ -39,17 +39,24 @@ def make(family: str, *, attention: str = "sdpa", seed: int = 0):
     """The model, in fp32 and eval mode, and its processor.
 
     Args:
-        family: one of `FAMILIES`, or "qwen3_5", whose first layer carries a state.
-        attention: `attn_implementation`, or "tree" or "flash". PaliGemma uses eager instead of
-            these and "sdpa", which lack the softcap of Gemma 2.
+        family: one of `FAMILIES`, "qwen3_5", whose first layer carries a state, or one of
+            `tiny_more.CASES`.
+        attention: `attn_implementation`, or "tree" or "flash". Models with a softcap (PaliGemma)
+            or sinks use eager instead of these and "sdpa", which lack them.
         seed: seed of the weights.
     """
-    processor = make_processor(family)
-    config = AutoConfig.for_model(family, **_CONFIGS[family](processor))
-    if attention in ("tree", "flash") and family != "paligemma":
-        attention = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
-    if family == "paligemma" and attention in ("tree", "flash", "sdpa"):
+    from tiny_more import CASES  # which imports this module
+
+    case = CASES.get(family)
+    kind = case.kind if case else family
+    eager = case.eager if case else family == "paligemma"
+    processor = case.processor() if case else make_processor(family)
+    config = (case.config if case else _CONFIGS[family])(processor)
+    config = AutoConfig.for_model(kind, **config)
+    if attention in ("tree", "flash", "sdpa") and eager:
         attention = {"text_config": "eager", "vision_config": "sdpa"}
+    elif attention in ("tree", "flash"):
+        attention = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vlm = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
