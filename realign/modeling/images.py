@@ -200,7 +200,7 @@ def in_slots(images: Sequence[Features], slots: Sequence[int]) -> SimpleNamespac
     placed = {name: [images[image][name] for image in slots] for name in names}
     pooled = placed.pop("list", None)
     if pooled is None:
-        pooled = torch.cat(placed.pop("tensor"))
+        pooled = torch.cat(placed.pop("tensor"))[None]
     deeper = {_DEEPER: list(placed.values())}
     return SimpleNamespace(pooler_output=pooled, **deeper, **shared)
 

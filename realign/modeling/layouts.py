@@ -27,14 +27,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 TESTED = {
-    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3",
-    "smolvlm", "internvl", "gemma3", "paligemma", "janus", "qwen3_5",
+    "aria", "deepseek_vl", "ernie4_5_vl_moe", "gemma3", "gemma4", "gemma4_unified", "glm46v",
+    "glm4v", "glm4v_moe", "glm_ocr", "idefics2", "idefics3", "internvl", "janus", "kimi_k25",
+    "lfm2_vl", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpmv4_6",
+    "minicpmv4_7", "mistral3", "molmo2", "ovis2", "paddleocr_vl", "paligemma", "perception_lm",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+    "video_llava", "vipllava",
 }  # fmt: skip
-"""Model types that tests compare with separate forwards (docs/families.md)."""
+"""Model types that tests compare with plain forwards (docs/families.md)."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-ONE_BY_ONE = {"lfm2_vl", "minicpmv4_6", "minicpmv4_7", "molmo2"}
+ONE_BY_ONE = {"lfm2_vl", "minicpmv4_6", "minicpmv4_7", "molmo2", "perception_lm"}
 """Tested types whose tower takes one image a call: images share an axis, tiles or indices."""
 
 _PIXELS = "pixel_values"
@@ -71,6 +75,7 @@ class Layout:
             attention.
         types: the token column that marks image tokens, if the model reads one.
         both_ways_kinds: the kinds of layers in which they do.
+        beyond_window: whether they do so beyond the window of a sliding layer.
         kinds: kinds of layers: full attention, sliding attention, or others.
         window: positions that a token sees in a sliding layer, itself included.
         separate: reason why responses cannot share a prompt; None if they can.
@@ -86,6 +91,7 @@ class Layout:
     both_ways: str | None = None
     types: str | None = None
     both_ways_kinds: tuple[str, ...] = (FULL, SLIDING)
+    beyond_window: bool = False
     kinds: tuple[str, ...] = (FULL,)
     window: int | None = None
     separate: str | None = None
@@ -162,7 +168,7 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
         ValueError: for a model that does not support forest batches.
     """
     kind, model = vlm.config.model_type, getattr(vlm, "model", None)
-    accepted = _parameters(model, "forward")
+    accepted = parameters(model, "forward")
     image_token = getattr(vlm.config, "image_token_id", None)
     if "mm_encoder_outputs" not in accepted or image_token is None:
         raise ValueError(
@@ -177,9 +183,9 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
                 "does not support. Use a model of a different type."
             )
     both_ways = _both_ways(kind, text)
-    tower = _parameters(model, "get_image_features")
+    tower = parameters(model, "get_image_features")
     rope_index = getattr(model, "get_rope_index", None)
-    for_positions = _parameters(model, "get_rope_index")
+    for_positions = parameters(model, "get_rope_index")
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or [SLIDING if window else FULL]
     types = "token_type_ids" if kind in ("gemma3", "paligemma") else "mm_token_type_ids"
@@ -193,7 +199,8 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
         tower_inputs=tower,
         both_ways=both_ways,
         types=types if both_ways or types in for_positions else None,
-        both_ways_kinds=(SLIDING,) if kind.startswith("gemma4") else (FULL, SLIDING),
+        both_ways_kinds=(SLIDING,) if kind == "gemma4" else (FULL, SLIDING),
+        beyond_window=kind in ("gemma4_unified", "paligemma"),
         kinds=tuple(sorted(set(kinds))),
         window=window,
         separate=_separate(kinds),
@@ -245,7 +252,7 @@ def _both_ways(kind: str, text: PreTrainedConfig) -> str | None:
     return "image" if setting == "vision" else None
 
 
-def _parameters(model: nn.Module | None, method: str) -> frozenset[str]:
+def parameters(model: nn.Module | None, method: str) -> frozenset[str]:
     """Names of the parameters of a method; none if the model lacks it."""
     function = getattr(model, method, None)
     return frozenset(inspect.signature(function).parameters) if function else frozenset()
@@ -257,8 +264,12 @@ def has_softcap(config: PreTrainedConfig) -> bool:
 
 
 def head_width(text: PreTrainedConfig) -> int:
-    """Width of an attention head of a language model."""
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    """Width of the widest attention head of a language model, whose layers may differ."""
+    layers = getattr(text, "per_layer_config", None) or [text]
+    return max(
+        getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        for layer in layers
+    )
 
 
 def _separate(kinds: list[str]) -> str | None:

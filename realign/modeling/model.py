@@ -162,17 +162,13 @@ class ForestModel(nn.Module):
         """
         return self._image_features(images)
 
-    def plain_logits(self, inputs: Mapping[str, torch.Tensor], kept: int) -> torch.Tensor:
-        """The logits of a plain forward of the model, for the last tokens of each sequence.
+    def plain_logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The logits of a plain forward of the model, (B, T, V) in the model's dtype.
 
         Args:
             inputs: output of the model's processor.
-            kept: number of tokens.
-
-        Returns:
-            (B, kept, V), in the model's dtype.
         """
-        return self.vlm(**inputs, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+        return self.vlm(**inputs, use_cache=False).logits
 
     def check_forest(
         self, example: Example, store: ImageStore, device: torch.device
@@ -245,7 +241,7 @@ class ForestModel(nn.Module):
 
     def _mask(self, batch: ForestBatch, kind: str) -> torch.Tensor | BlockMask:
         window = self.layout.window if kind == SLIDING else None
-        beyond = self.layout.both_ways == "prompt"
+        beyond = self.layout.beyond_window
         blocks = kind in self.layout.both_ways_kinds
         return forest_mask(batch, self.attention, self.dtype, window, beyond, blocks)
 

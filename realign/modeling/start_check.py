@@ -27,19 +27,21 @@ from realign.data.errors import RecordError, short_error
 from realign.data.images import StoredImage
 from realign.data.records import Record
 from realign.distributed import broadcast_from_rank0
+from realign.modeling import layouts
 from realign.modeling.chat import ChatTemplate, TextInputs
 from realign.modeling.encode import encode_records
 from realign.modeling.examples import Example
 from realign.modeling.forest import ForestBatch, build_batch
 from realign.modeling.images import ImageStore, bundle_of, columns_of, moved
-from realign.modeling.layouts import TESTED, repeated
+from realign.modeling.layouts import TESTED, Layout, repeated
 from realign_kernels import objectives
 
 if TYPE_CHECKING:
     from realign.modeling.model import ForestModel
 
 _SIZES = ((224, 224), (160, 320), (320, 160))  # width, height
-_QUESTION, _ANSWERS = "What is in the image?", ("one red dot", "two small blue dots")
+_QUESTIONS = {1: "What is in the image?", 2: "First <image> and then <image> is left or right?"}
+_ANSWERS = ("one red dot", "two small blue dots")
 _NOISES = 16
 """Largest accepted difference, as a multiple of the model's own rounding."""
 _LEAST = {torch.float32: 1e-3, torch.bfloat16: 0.02}
@@ -55,11 +57,12 @@ class _Differs(Exception):
 
     Attributes:
         shared_only: whether separate copies of the prompt may still be right.
+        of_images: whether the part is the output of the vision tower.
     """
 
-    def __init__(self, what: str, shared_only: bool = False) -> None:
+    def __init__(self, what: str, shared_only: bool = False, of_images: bool = False) -> None:
         super().__init__(what)
-        self.shared_only = shared_only
+        self.shared_only, self.of_images = shared_only, of_images
 
 
 @dataclass
@@ -151,7 +154,7 @@ def _gap(model: ForestModel, store: ImageStore, device: torch.device) -> tuple[f
     kind, layout, lines = model.vlm.config.model_type, model.layout, []
     records, examples, own = _examples(store)
     _check_names(model, own, records)
-    with _attends(model, "eager"):
+    with _attends(model, "eager"), _of_processor(kind):
         truths, noise = _truths(model, own, records, examples, device)
     while True:
         shared = layout.shares_prefix
@@ -159,7 +162,7 @@ def _gap(model: ForestModel, store: ImageStore, device: torch.device) -> tuple[f
             records, examples, own = _examples(store)
         batch = build_batch(examples, own, row_tokens=1 << 30, shared=shared).to(device)
         try:
-            with _attends(model, "eager"):
+            with _attends(model, "eager"), _joint_errors(layout):
                 _compare_parts(model, batch, truths, noise)
             found = _logps(model, batch)
             gap = _mean([found[t.leaf] - t.logps.to(found[t.leaf].device) for t in truths])
@@ -176,7 +179,7 @@ def _gap(model: ForestModel, store: ImageStore, device: torch.device) -> tuple[f
         failed = broadcast_from_rank0(lambda outcome=failed: outcome)
         if failed is None:
             return gap, lines
-        if "features" in str(failed) and not layout.one_by_one:
+        if failed.of_images and not layout.one_by_one:
             layout.one_by_one = True
             lines.append(f"images pass the vision tower one by one: {failed}")
         elif failed.shared_only and shared:
@@ -217,9 +220,14 @@ def _examples(store: ImageStore) -> tuple[list[Record], Sequence[Example], Image
 def _encoded(
     store: ImageStore, images: Sequence[Sequence[StoredImage]]
 ) -> tuple[list[Record], Sequence[Example], ImageStore]:
-    question = ({"role": "user", "content": _QUESTION},)
     records = [
-        Record(f"check {i}", question, *_ANSWERS, tuple(one)) for i, one in enumerate(images)
+        Record(
+            f"check {index}",
+            ({"role": "user", "content": _QUESTIONS[len(shown)]},),
+            *_ANSWERS,
+            tuple(shown),
+        )
+        for index, shown in enumerate(images)
     ]
     examples, own = encode_records(
         records,
@@ -245,14 +253,15 @@ def _image(size: tuple[int, int], seed: int) -> StoredImage:
 def _check_names(model: ForestModel, store: ImageStore, records: Sequence[Record]) -> None:
     """Check that every output of the processor that the model takes is passed on."""
     layout, kind = store.layout, model.vlm.config.model_type
+    accepted = layouts.parameters(model.vlm.model, "forward")
+    accepted |= layouts.parameters(model.vlm.model, "get_image_features")
     for record in records:
         text = ChatTemplate(store.processor).prompt(record.prompt, len(record.images)).text
         outputs = _processed(store.processor, record, text)
-        columns, bundle = columns_of(outputs, layout), bundle_of(outputs, layout)
-        accepted = layout.accepts | layout.tower_inputs
-        passed = {"input_ids", "attention_mask", *columns, *layout.tower_inputs, *layout.grids}
-        for name in outputs:
-            if name in accepted and name not in passed:
+        bundle, columns = bundle_of(outputs, layout), columns_of(outputs, layout)
+        passed = layout.tower_inputs | {*layout.grids}
+        for name in accepted & (outputs.keys() - {"input_ids", "attention_mask", "labels"}):
+            if name not in (layout.accepts if name in columns else passed):
                 raise _refusal(kind, f"its processor returns {name!r}, which is not passed on")
         for name in layout.tower_inputs & outputs.keys():
             if name not in bundle:
@@ -325,7 +334,8 @@ def _plain_inputs(
             last = torch.ones_like(column) if layout.both_ways == "prompt" else column
             outputs[name] = torch.cat([column, last[:, -1:].expand(-1, len(leaf.ids))], 1)
         outputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    names = layout.accepts | set(inspect.signature(model.vlm.forward).parameters)
+    names = layouts.parameters(model.vlm, "forward") - {"labels"}
+    names |= layouts.parameters(model.vlm.model, "forward")
     return {n: v for n, v in outputs.items() if n in names and isinstance(v, torch.Tensor)}
 
 
@@ -334,7 +344,7 @@ def _plain(
 ) -> torch.Tensor:
     """Log-probs of the response in a plain forward, (R,) fp64."""
     ids = inputs["input_ids"][0, prompt:].to(device)
-    logits = model.plain_logits(moved(inputs, device, model.dtype), len(ids) + 1)[0, :-1]
+    logits = model.plain_logits(moved(inputs, device, model.dtype))[0, prompt - 1 : -1]
     return logits.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
 
@@ -360,6 +370,7 @@ def _compare_parts(
     with _recorded(model) as forest:
         model.logps(batch)
     trees = int(batch.parent.max()) + 1
+    others = _image_embeddings(model, truths)
     for truth in truths:
         leaf = (batch.segment == trees + truth.leaf).nonzero()
         row = int(leaf[0, 0])
@@ -370,13 +381,11 @@ def _compare_parts(
         if not torch.equal(batch.input_ids[row, place.columns], ids):
             raise _Differs("token ids differ from those of the processor")
         for name, column in columns_of(truth.inputs, model.layout).items():
-            if name not in model.layout.accepts:
-                continue
             if name not in batch.columns:
-                raise _Differs(f"the token column {name!r} of the processor is not passed on")
+                continue  # the model does not read it
             found = batch.columns[name][row, place.columns]
             place.compare(f"the token column {name!r}", found, column[0].to(found.device))
-        _compare_inputs(model, batch, place, forest, truth, noise)
+        _compare_inputs(model, batch, place, forest, truth, noise, others)
         for name, expected in truth.seen.positions.items():
             found = forest.positions[name]
             found = found[..., min(row, found.shape[-2] - 1), place.columns]
@@ -425,6 +434,7 @@ def _compare_inputs(
     forest: _Seen,
     truth: _Truth,
     noise: _Noise,
+    others: torch.Tensor,  # (tokens, H) embeddings of all image tokens in plain forwards
 ) -> None:
     """Compare embeddings and other tensors that the language model receives."""
     image = batch.input_ids == model.layout.image_token_id
@@ -447,21 +457,33 @@ def _compare_inputs(
             continue
         scale = _scale(expected)
         bound = max(_LEAST_OF_FEATURES, _NOISES * noise.inputs.get(name, 0.0))
-        for tokens, what in ((~of_images, f"{name!r} of text"), (of_images, "image features")):
+        for tokens, what in ((~of_images, "embeddings of text"), (of_images, "image features")):
             if not tokens.any():
                 continue
             gap = _mean([found[tokens] - expected[tokens]]) / scale
             if not gap <= bound:
-                raise _Differs(
-                    f"{what} ({name!r}) differ in a forest by {gap:.2g} of their size"
-                    f"{_swapped(found[tokens], expected[tokens], bound * scale)}"
-                )
+                gap = f"{what} ({name!r}) differ in a forest by {gap:.2g} of their size"
+                if _in_other_places(found[tokens], others, bound * scale):
+                    gap += ", and are those of other image tokens"
+                raise _Differs(gap, of_images=tokens is of_images)
 
 
-def _swapped(found: torch.Tensor, expected: torch.Tensor, bound: float) -> str:
-    """A note if the features are right, but in other places."""
-    nearest = torch.cdist(found.float(), expected.float(), p=1).amin(1) / found.shape[-1]
-    return ", and are those of other image tokens" if float(nearest.mean()) <= bound else ""
+def _image_embeddings(model: ForestModel, truths: Sequence[_Truth]) -> torch.Tensor:
+    """Embeddings of the image tokens of plain forwards, (tokens, H)."""
+    found = []
+    for truth in truths:
+        embeddings = truth.seen.inputs["inputs_embeds"][0]
+        image = truth.inputs["input_ids"][0] == model.layout.image_token_id
+        found.append(embeddings[image.to(embeddings.device)])
+    return torch.cat(found)
+
+
+def _in_other_places(found: torch.Tensor, others: torch.Tensor, bound: float) -> bool:
+    """Whether embeddings are right, but in the places of others."""
+    if found.shape[1:] != others.shape[1:]:
+        return False
+    nearest = torch.cdist(found.float(), others.float(), p=1).amin(1) / found.shape[-1]
+    return float(nearest.mean()) <= bound
 
 
 def _compare_masks(
@@ -487,6 +509,35 @@ def _compare_masks(
         raise _Differs(
             f"in layer {layer}, tokens of a forest see other responses or prompts", shared_only=True
         )
+
+
+@contextmanager
+def _of_processor(kind: str) -> Iterator[None]:
+    """Name the processor in errors of a plain forward."""
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"a plain forward of the model of type {kind!r} fails on what its processor returns "
+            f"({short_error(error)}). The processor does not belong to this model, or not in this "
+            "version. Check its patch_size, vision_feature_select_strategy, "
+            "num_additional_image_tokens and image size."
+        ) from error
+
+
+@contextmanager
+def _joint_errors(layout: Layout) -> Iterator[None]:
+    """Turn errors of a tower that gets several images in one call into `_Differs`."""
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if layout.one_by_one or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _Differs(
+            f"with several images, the vision tower fails ({short_error(error)})", of_images=True
+        ) from error
 
 
 @contextmanager

@@ -265,7 +265,7 @@ class Plan:
         largest = max(self.layouts, key=lambda layout: layout.rows * layout.columns)
         batch = self._batch(largest.batch)
         assert batch.images is not None
-        sizes = [value.nbytes for value in batch.images.inputs.values()]
+        sizes = [value.nbytes for call in batch.images.calls for value in call.values()]
         image = sum(sizes) // len(batch.images.tokens)
         with memory.fake_tensors(self.device):
             memory.give_fake_storage(self.model, self.device, self.dtype)

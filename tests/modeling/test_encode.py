@@ -357,7 +357,7 @@ def test_the_store_keeps_the_first_within_its_bytes(tmp_path, processor, scenes,
         for key in keys:
             assert pixels(store, key).shape == (3, 16, 16)
     assert made == [*keys, keys[2]]
-    batch = store.batch(keys).inputs["pixel_values"]
+    batch = store.batch(keys).calls[0]["pixel_values"]
     for image, row in zip(images, batch, strict=True):
         wanted = processor.image_processor(images=[image.open("")], return_tensors="pt")
         assert torch.equal(row, wanted["pixel_values"][0])

@@ -179,8 +179,13 @@ def test_prompts_are_those_of_the_processor(family, count):
     for record, text, key in zip(records, rendered, keys, strict=True):
         images = [stored.open(record.name) for stored in record.images]
         inputs = text_inputs(processor, [text])
-        wanted = processor(images=[images], return_tensors="pt", **inputs)["input_ids"][0]
-        assert prompts.ids(record.name, key).tolist() == wanted.tolist()
+        wanted = processor(images=[images], return_tensors="pt", **inputs)
+        ids, columns = prompts.tokens(record.name, key)
+        assert ids.tolist() == wanted["input_ids"][0].tolist()
+        named = [n for n in wanted if n.endswith("token_type_ids")]
+        assert columns.keys() == set(named)
+        for name in named:
+            assert columns[name].tolist() == wanted[name][0].tolist()
     assert len(calls) <= 4 and all(calls)  # only the first prompts were compared
 
 

@@ -260,7 +260,7 @@ def test_a_processor_of_another_model_is_refused():
         made("llava")[1], processor, OBJECTIVE, layout=model.layout, max_response_tokens=64,
         max_tokens=512, progress=False,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="takes 15 image tokens .* produces 16 .*Check its patch"):
+    with pytest.raises(ValueError, match="plain forward of the model of type 'llava' fails .*Check its pat"):
         lines(model, examples, store)
 
 
@@ -270,9 +270,9 @@ def test_a_forest_that_differs_from_separate_forwards_is_not_used(monkeypatch):
     examples, store = encoded("qwen2_vl", model)
     assert lines(model, examples, store) == []
     right = Layout.positions
-    monkeypatch.setattr(Layout, "positions", lambda self, ids, grids: right(self, ids, {}))
+    monkeypatch.setattr(Layout, "positions", lambda self, ids, grids, c: right(self, ids, {}, c))
     (line,) = lines(model, examples, store)
-    assert line.startswith("each response gets its own copy of the prompt: with a shared copy log-")
+    assert line.startswith("each response gets its own copy of the prompt: positions differ in a ")
     with torch.no_grad():
         batch = build_batch(examples, store, row_tokens=4096)
         assert len(batch.input_ids) == 3 * len(examples)
@@ -286,8 +286,9 @@ def test_deviations_from_the_settings_are_reported(monkeypatch):
         "qwen3_5": "own copy of the prompt: in its linear_attention layers no mask hides one",
         "idefics3": "type 'idefics3' are untested: .* differ from .* by [1-9]e-0[5-9]",
     }.items():
-        monkeypatch.setattr(layouts, "TESTED", set())
-        monkeypatch.setattr("realign.modeling.model.TESTED", {"paligemma", "qwen3_5"})
+        tested = {"paligemma", "qwen3_5"}
+        monkeypatch.setattr(layouts, "TESTED", tested)
+        monkeypatch.setattr("realign.modeling.start_check.TESTED", tested)
         model = ForestModel(make(family)[0]).eval()
         (line,) = lines(model, *encoded(family, model))
         assert re.search(expected, line)

@@ -154,7 +154,7 @@ def test_several_images_in_a_prompt(processor, vlm, forest_model):
 def test_the_mask_by_its_definition(processor, both_ways):
     """Windows, and two-way blocks: Gemma 3's within the window, PaliGemma's beyond it."""
     examples, store = make_examples(processor, 3, objectives.rdpo())
-    store.layout = Layout(4, both_ways=both_ways)
+    store.layout = Layout(4, both_ways=both_ways, types="token_type_ids")
     batch = build_batch(examples, store, row_tokens=90)
     window, beyond = 12 if both_ways else None, both_ways == "prompt"
     found = batch.attention_mask(window, beyond)

@@ -93,5 +93,5 @@ def test_workers_decode_in_parallel_and_keep_the_order(pairs_file, monkeypatch):
     store = ImageStore(load_processor(ASSETS), Layout(4), examples, workers=2, cache_bytes=0)
     both, make = threading.Barrier(2, timeout=30), store._make
     store._make = lambda key: (both.wait(), make(key))[1]
-    found = store.batch(keys).inputs["pixel_values"]
-    assert found.equal(plain_store.batch(keys).inputs["pixel_values"])
+    found = store.batch(keys).calls[0]["pixel_values"]
+    assert found.equal(plain_store.batch(keys).calls[0]["pixel_values"])

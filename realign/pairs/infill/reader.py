@@ -162,7 +162,7 @@ class RowReader:
             mask, local = distance >= 0, distance < (1 << 30 if window is None else window)
             if block is not None and kind in self.layout.both_ways_kinds:
                 same_block = (block[:, :, None] == block[:, None]) & (block[:, :, None] >= 0)
-                if self.layout.both_ways == "prompt":  # the window does not limit the prompt
+                if self.layout.beyond_window:
                     mask, local = mask & local | same_block, local | same_block
                 else:
                     mask = mask | same_block
