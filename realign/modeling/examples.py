@@ -57,11 +57,16 @@ COLUMNS = ("images", "retrieved_images", BLANK)
 
 @dataclass(frozen=True)
 class Root:
-    """Images and a prompt, which leaves share."""
+    """Images and a prompt, which leaves share.
 
-    images: tuple[str, ...]  # digests of preprocessed pixels, in the order of the image tokens
-    ids: np.ndarray  # (P,) token ids, image tokens expanded
-    # Further integers of each token by name, (P,) each, as the processor returns them.
+    Attributes:
+        images: digests of preprocessed pixels, in the order of the image tokens.
+        ids: (P,) token ids, image tokens expanded.
+        columns: further integers of each token by name, (P,) each, of the processor.
+    """
+
+    images: tuple[str, ...]
+    ids: np.ndarray
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property

@@ -70,9 +70,8 @@ class Layout:
         grids: names of the image inputs that positions, or the language model, depend on.
         accepts: names of the parameters of `model.forward`.
         tower_inputs: names of the parameters of `model.get_image_features`.
-        both_ways: which tokens see each other both ways: "image" for those of one image, "images"
-            for those of all images of a prompt, "prompt" for the whole prompt. None for causal
-            attention.
+        both_ways: which tokens see each other both ways. "image" means those of one image, "images"
+            those of all images of a prompt, and "prompt" the whole prompt. None means none.
         types: the token column that marks image tokens, if the model reads one.
         both_ways_kinds: the kinds of layers in which they do.
         beyond_window: whether they do so beyond the window of a sliding layer.

@@ -237,13 +237,13 @@ def reference_pass(run: Run) -> torch.Tensor:
     """
     config, inputs, optim = run.config, run.inputs, run.config.optim
     distributed.mark_ranks_diverged()
+    for line in inputs.model.check_forest(inputs.examples[0], inputs.store, run.device):
+        distributed.log_rank0(line)
     if config.run.cache_vision:
         features = FeatureCache(feature_cache.default_directory(), run.fingerprint)
         size, store = optim.micro_batch_size, inputs.store
         feature_cache.fill(features, inputs.model, store, run.device, size, progress=run.progress)
         inputs.store.features = features
-    for line in inputs.model.check_forest(inputs.examples[0], inputs.store, run.device):
-        distributed.log_rank0(line)
     directory = config.run.reference_cache or reference_logps.default_directory()
     with ReferenceCache.open(directory, run.fingerprint) as cache:
         references = reference_logps.fill(

@@ -194,7 +194,7 @@ OF_MODEL = {
 
 
 def message(family, change=None):
-    """What the check says: its lines, or its error."""
+    """The lines of the check, or its error."""
     try:
         return " ".join(checked(family, change))
     except ValueError as error:

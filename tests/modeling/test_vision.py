@@ -215,9 +215,9 @@ def towers(monkeypatch):
     found = []
     features = model.features
 
-    def counted(vlm, images):
+    def counted(vlm, images, **options):
         found.append(len(images.tokens))
-        return features(vlm, images)
+        return features(vlm, images, **options)
 
     monkeypatch.setattr(model, "features", counted)
     return found

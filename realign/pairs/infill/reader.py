@@ -61,8 +61,8 @@ class RowReader:
             ids[mask].numpy() for ids, mask in zip(inputs["input_ids"].cpu(), unpadded, strict=True)
         ]
         sizes = [len(prompt) for prompt in prompts]
-        pieces = {n: inputs[n].cpu().split(list(images)) for n in layout.grids if n in inputs}
-        read = columns_of(inputs, layout)
+        read, bundle = columns_of(inputs, layout), bundle_of(inputs, layout)
+        pieces = {n: bundle[n].cpu().split(list(images)) for n in layout.grids if n in bundle}
         grids = [{name: parts[i] for name, parts in pieces.items()} for i in range(len(prompts))]
         lengths = [size + len(block) for size, block in zip(sizes, blocks, strict=True)]
         width = max(lengths)
@@ -98,7 +98,7 @@ class RowReader:
             "input_ids": torch.from_numpy(ids).to(device),
             "position_ids": torch.from_numpy(axes if len(axes) > 1 else axes[0]).to(device),
             **{name: torch.from_numpy(column).to(device) for name, column in columns.items()},
-            **bundle_of(inputs, layout),
+            **bundle,
         }
         masks = {}
         if not layout.causal:
