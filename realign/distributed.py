@@ -252,7 +252,7 @@ def report(error: Exception) -> bool:
     error.
     """
     if isinstance(error, RuntimeError):
-        if not _lost_a_rank(error):
+        if not lost_a_rank(error):
             return False
         show("error: another rank has ended. See its own message, if there is one.", error=True)
     elif isinstance(error, CommonError):
@@ -287,7 +287,7 @@ def mark_ranks_diverged() -> None:
     _diverged = True
 
 
-def _lost_a_rank(error: RuntimeError) -> bool:
+def lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has ended."""
     text = str(error)
     return world_size() > 1 and any(name in text for name in ("gloo", "Gloo", "NCCL", "by peer"))

@@ -12,14 +12,16 @@ one unit in the last place.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from realign import distributed
 from realign.data.errors import RecordError, short_error
 from realign.data.images import StoredImage
 from realign.data.records import Record
@@ -59,12 +61,12 @@ def run(model: Model, example: Example, store: ImageStore, device: torch.device)
     training = model.vlm.training
     model.vlm.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), _uncompiled():
             gap, lines = _gap(model, store, device)
             yield from lines
             yield from _first_record(model, example, store, device)
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or kind in TESTED:
+        if _of_machine(error) or kind in TESTED:
             raise
         raise _refusal(kind, f"its start-up check failed: {short_error(error)}") from error
     finally:
@@ -105,7 +107,7 @@ def _gap(model: Model, store: ImageStore, device: torch.device) -> tuple[float, 
     kind, layout, lines = model.vlm.config.model_type, model.layout, []
     records, examples, own = _examples(store)
     _check_names(model, own, records)
-    with _attends(model, "eager"), _of_processor(kind):
+    with _attends(model, "eager"):
         truths, noise = _truths(model, own, records, examples, device)
     while True:
         shared = layout.shares_prefix
@@ -193,12 +195,9 @@ def _encoded(
 
 
 def _image(size: tuple[int, int], seed: int) -> StoredImage:
-    """An image of colored noise over a ramp."""
-    width, height = size
-    random = np.random.default_rng(seed)
-    ramp = np.linspace(0, 160, width)[None, :, None] * random.random(3)
-    noise = random.integers(0, 96, (height, width, 3))
-    return StoredImage.from_pil(Image.fromarray((ramp + noise).astype(np.uint8)))
+    """An image of large colored squares."""
+    squares = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    return StoredImage.from_pil(Image.fromarray(squares).resize(size, Image.Resampling.NEAREST))
 
 
 def _check_names(model: Model, store: ImageStore, records: Sequence[Record]) -> None:
@@ -240,8 +239,13 @@ def _truths(
         place = (index + 1) % count
         inputs = _plain_inputs(model, store, record, example, place)
         prompt = len(example.roots[0].ids)
-        with recorded(model) as seen:
+        with recorded(model) as seen, _of_processor(model.vlm.config.model_type):
             logps = _plain(model, inputs, prompt, device)
+        if not logps.isfinite().all():
+            raise ValueError(
+                "log-probs of a plain forward are NaN or infinite. Check the model's weights, and "
+                "whether they fit the dtype."
+            )
         truths.append(Truth(index * count + place, prompt, inputs, seen, logps))
     first = truths[0]
     with _rounding(model), recorded(model) as seen:
@@ -302,13 +306,25 @@ def _logps(model: Model, batch: ForestBatch) -> dict[int, torch.Tensor]:
     }
 
 
+def _uncompiled() -> AbstractContextManager:
+    """Run compiled layers uncompiled. Without `torch.compile` its import would take seconds."""
+    compiles = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+
+
+def _of_machine(error: Exception) -> bool:
+    """Whether an error is not about the model: memory, or another rank that has ended."""
+    lost = isinstance(error, RuntimeError) and distributed.lost_a_rank(error)
+    return lost or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 @contextmanager
 def _of_processor(kind: str) -> Iterator[None]:
     """Name the processor in errors of a plain forward."""
     try:
         yield
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if _of_machine(error):
             raise
         raise ValueError(
             f"a plain forward of the model of type {kind!r} fails on what its processor returns "
@@ -324,7 +340,7 @@ def _joint_errors(layout: Layout) -> Iterator[None]:
     try:
         yield
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        if layout.one_by_one or isinstance(error, torch.OutOfMemoryError):
+        if layout.one_by_one or _of_machine(error):
             raise
         raise Differs(
             f"with several images, the vision tower fails ({short_error(error)})", of_images=True

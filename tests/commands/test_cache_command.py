@@ -126,8 +126,11 @@ def fails_on_rank_1(*words):
     """`realign.cache` as one of two ranks, of which rank 1 meets a damaged image."""
 
     def changed(self, key):
+        if len(self) < 10:  # images of the start-up check
+            return right(self, key)
         raise encode.RecordError("scene-1", "its image is not what it was.", "Let it be.")
 
+    right = encode.ImageStore.bundle
     if os.environ["RANK"] == "1":
         encode.ImageStore.bundle = changed
     assert cache.main(words) == 1
