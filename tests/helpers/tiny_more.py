@@ -39,6 +39,7 @@ class Case:
         config: makes the configuration from the processor.
         eager: whether the language model needs eager attention, as for sinks.
         images: most images of different sizes that its processor takes in a prompt.
+        ends: tokens that end a response by the generation configuration.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Case:
     config: Callable
     eager: bool = False
     images: int = 3
+    ends: tuple[str, ...] = ()
 
 
 _TWO_KINDS = ["sliding_attention", "full_attention"]
@@ -396,16 +398,18 @@ def _internvl_case(text: str, eager: bool = False, **more) -> Case:
     )
 
 
+_GLM_ENDS = ("<|endoftext|>", "<|user|>")
+
 CASES = {
     "qwen3_vl_moe": _case("qwen3_vl_moe"),
     "qwen3_5_moe": _case("qwen3_5_moe"),
     "internvl-qwen3": _internvl_case("qwen3"),
     "internvl-qwen3_moe": _internvl_case("qwen3_moe", **_qwen_experts()),
     "internvl-gpt_oss": _internvl_case("gpt_oss", eager=True, **_SINKS),
-    "glm4v": _case("glm4v"),
-    "glm46v": _case("glm46v"),
-    "glm4v_moe": _case("glm4v_moe", processor=processors.glm46v),
-    "glm_ocr": _case("glm_ocr", processor=processors.glm46v),
+    "glm4v": _case("glm4v", ends=_GLM_ENDS),
+    "glm46v": _case("glm46v", ends=_GLM_ENDS),
+    "glm4v_moe": _case("glm4v_moe", processor=processors.glm46v, ends=_GLM_ENDS),
+    "glm_ocr": _case("glm_ocr", processor=processors.glm4v, ends=_GLM_ENDS),
     "gemma4": _case("gemma4"),
     "gemma4-vision": _case("gemma4", "gemma4", config=gemma4_vision),
     "gemma4-moe": _case("gemma4", "gemma4", config=gemma4_moe),

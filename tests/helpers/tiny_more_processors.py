@@ -93,7 +93,7 @@ def _glm(processor, image, thoughts: str = ""):
     images = "<|begin_of_image|><|image|><|end_of_image|>"
     answer = f"<|assistant|>{_LINE}"
     template = _template(
-        f"<|{_ROLE}|>{_LINE}", answer + thoughts, "", "", images, start=f"[gMASK]<sop>{_LINE}"
+        f"<|{_ROLE}|>{_LINE}", answer + thoughts, "", "", images, start="[gMASK]<sop>"
     )
     template = template.removesuffix(answer + thoughts + "{% endif %}") + answer + "{% endif %}"
     return processor(

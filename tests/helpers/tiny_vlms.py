@@ -61,6 +61,8 @@ def make(family: str, *, attention: str = "sdpa", seed: int = 0):
         torch.manual_seed(seed)
         vlm = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
         _randomize(vlm)
+    if case and case.ends:
+        vlm.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids([*case.ends])
     return vlm.float().eval(), processor
 
 
