@@ -8,6 +8,8 @@ docs/families.md. The last test compares the table with the page. To write the t
 
 import functools
 import os
+import re
+import tempfile
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from family_cases import (
     FAMILIES,
     LOGP_TOLERANCE,
     MODELS,
+    REFUSED,
     ROW_TOKENS,
     assert_same_gradients,
     encoded,
@@ -25,14 +28,18 @@ from family_cases import (
     made,
     outputs_of,
     prompts,
+    small_config,
     true_logps,
     true_loss,
     truth,
     truth_of_prompts,
     with_lora,
 )
+from family_ranks import run_all
+from forked_ranks import run_ranks
 from tiny_more import CASES
 from tiny_vlms import make
+from transformers import AutoModelForImageTextToText
 
 from realign import distributed
 from realign.modeling import layouts
@@ -191,19 +198,55 @@ def sharded_models_are_the_same(family, attention="sdpa"):
     return "yes"
 
 
+@functools.cache
+def two_ranks():
+    """What two ranks found for each family, on half of the records each."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = run_ranks(run_all, 2, f"{folder}/log", MOST_USED)
+    return dict(re.findall(r"compared (\S+): (.+)", output))
+
+
+def two_ranks_are_the_same(family):
+    moved = re.fullmatch(r"(\d+) gradients", two_ranks()[family])
+    assert moved and int(moved[1]) >= 20, two_ranks()[family]
+    return "yes"
+
+
+@functools.cache
+def refusal(kind):
+    """The first sentence of the error for a type of model that is not supported."""
+    if kind in CASES:
+        vlm, _ = make(kind)
+    else:
+        with torch.device("meta"):
+            vlm = AutoModelForImageTextToText.from_config(small_config(kind))
+    with pytest.raises(ValueError) as caught:
+        ForestModel(vlm)
+    return str(caught.value).partition(". ")[0].removesuffix(".")
+
+
 COLUMNS = {
     "shares prefix": log_probs_are_the_same,
     "prompts": prompts_are_the_same,
     "full": functools.cache(full_gradients_are_the_same),
     "LoRA": functools.cache(lora_gradients_are_the_same),
     "vision once": images_pass_the_tower_once,
+    "2 ranks": two_ranks_are_the_same,
     "FSDP": functools.cache(sharded_models_are_the_same),
     "checkpointing": functools.cache(checkpointed_layers_are_the_same),
     "attention": attentions,
 }
 OF_ALL = ("shares prefix", "prompts", "full", "LoRA")
-CELLS = [(family, column) for family in MODELS for column in COLUMNS
-         if family in FAMILIES or column in OF_ALL]  # fmt: skip
+MOST_USED = (
+    "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen2_5_vl", "internvl-qwen3", "glm4v_moe", "gemma3",
+    "gemma4-vision", "minicpmv4_6", "mistral3",
+)  # fmt: skip
+"""The families that two ranks train."""
+
+CELLS = [
+    (family, column) for family in MODELS for column in COLUMNS
+    if (family in MOST_USED if column == "2 ranks" else family in FAMILIES or column in OF_ALL)
+]  # fmt: skip
 END_TOKENS = {
     "</s>", "<|im_end|>", "<end_of_utterance>", "<end_of_turn>", "<turn|>", "<eos>", "<|eot_id|>",
     "<|end_of_sentence|>",
@@ -213,6 +256,11 @@ END_TOKENS = {
 @pytest.mark.parametrize(("family", "column"), CELLS)
 def test_a_property_of_a_family(family, column):
     assert COLUMNS[column](family)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_families_are_refused_by_name(kind):
+    assert repr(kind) in refusal(kind) or "logit_scale" in refusal(kind)
 
 
 @pytest.mark.parametrize("column", ["FSDP", "checkpointing"])
@@ -228,6 +276,9 @@ def test_the_table_in_docs_matches_these_results():
         ]
         kind = CASES[family].kind if family in CASES else family
         lines.append(f"| {models} | `{kind}` | " + " | ".join(cells) + " |")
+    lines += ["", "| models | type | refused |", "|---|---|---|"]
+    for kind, models in REFUSED.items():
+        lines.append(f"| {models} | `{kind}` | {refusal(kind)} |")
     before, begin, rest = DOCS.read_text().partition("<!-- table -->\n")
     _, end, after = rest.partition("<!-- end of table -->")
     assert begin and end
