@@ -6,12 +6,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from family_cases import CPU, FAMILIES, LOGP_TOLERANCE, OBJECTIVE, encoded, lines, made, truth
+from family_cases import (
+    CPU,
+    LOGP_TOLERANCE,
+    MODELS,
+    OBJECTIVE,
+    encoded,
+    lines,
+    made,
+    true_logps,
+    truth,
+)
 from tiny_vlms import make
 
 from realign.data.records import write_pairs
 from realign.files import read_jsonl
 from realign.modeling import layouts
+from realign.modeling.attention import IMPLEMENTATIONS
 from realign.modeling.encode import encode_records
 from realign.modeling.feature_cache import FeatureCache
 from realign.modeling.forest import build_batch
@@ -33,34 +44,66 @@ def test_a_turn_ends_as_the_template_ends_it():
             assert words.count("<end_of_turn>") == 1 and "<eos>" not in words
 
 
-def test_one_image_twice_in_a_prompt():
-    for family in FAMILIES:
-        vlm, _ = make(family)
-        model = ForestModel(vlm).eval()
-        record = replace(made(family)[1][0], images=made(family)[1][0].images * 2)
-        examples, store = encoded(family, model, objectives.dpo(), [record])
-        batch = build_batch(examples, store, row_tokens=4096)
-        assert len(store) == 1 and batch.slots == (0, 0) * (1 if batch.shared else 2)
-        with torch.no_grad():
-            true = truth(vlm, family, examples, objectives.dpo(), [record])
-            assert (batch.leaf_sums(model.logps(batch)) - true).abs().max() < LOGP_TOLERANCE
+@pytest.mark.parametrize("family", MODELS)
+def test_towers_are_frozen_unless_they_are_the_model(family):
+    vlm, _ = make(family)
+    tower, decoder = vlm.model.get_encoder("image"), vlm.model.get_decoder()
+    learning = [p for p in decoder.parameters() if p.requires_grad]
+    ForestModel(vlm)
+    assert learning and all(p.requires_grad for p in learning)
+    inside = {id(p) for p in decoder.parameters()}
+    frozen = [p for n, p in tower.named_parameters() if id(p) not in inside and "merger" not in n]
+    assert not any(p.requires_grad for p in frozen) or tower is vlm.model
+    assert frozen
 
 
-def test_cached_features_replace_the_tower(tmp_path):
-    for family in FAMILIES:
-        vlm, _ = make(family)
-        model = ForestModel(vlm).eval()
-        examples, store = encoded(family, model)
-        keys = list(store.keys())
-        with torch.no_grad():
-            expected = model.logps(build_batch(examples, store, row_tokens=150))
-            cache = FeatureCache(tmp_path, {"family": family})
-            for some in (keys[:3], keys[3:4], keys[4:]):
-                cache.add(dict(zip(some, model.image_features(store.batch(some)), strict=True)))
-            store.features = cache
-            vlm.model.get_encoder("image").register_forward_hook(lambda *_: pytest.fail("ran"))
-            found = model.logps(build_batch(examples, store, row_tokens=150).to(CPU))
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("family", MODELS)
+def test_one_image_twice_in_a_prompt(family):
+    vlm, _ = make(family)
+    model = ForestModel(vlm).eval()
+    record = replace(made(family)[1][0], images=made(family)[1][0].images * 2)
+    examples, store = encoded(family, model, objectives.dpo(), [record])
+    batch = build_batch(examples, store, row_tokens=4096)
+    assert len(store) == 1 and batch.slots == (0, 0) * (1 if batch.shared else 2)
+    with torch.no_grad():
+        true = truth(vlm, family, examples, objectives.dpo(), [record])
+        assert (batch.leaf_sums(model.logps(batch)) - true).abs().max() < LOGP_TOLERANCE
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_cached_features_replace_the_tower(family, tmp_path, monkeypatch):
+    vlm, _ = make(family)
+    model = ForestModel(vlm).eval()
+    examples, store = encoded(family, model)
+    keys = list(store.keys())
+    with torch.no_grad():
+        expected = model.logps(build_batch(examples, store, row_tokens=150))
+        cache = FeatureCache(tmp_path, {"family": family})
+        for some in (keys[:3], keys[3:4], keys[4:]):
+            if some:
+                made_of = model.image_features(store.batch(some))
+                cache.add(dict(zip(some, made_of, strict=True)))
+        store.features = cache
+        monkeypatch.setattr(vlm.model, "get_image_features", lambda *_, **__: pytest.fail("ran"))
+        found = model.logps(build_batch(examples, store, row_tokens=150).to(CPU))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["tree", "flash", "sdpa"])
+def test_attention_sinks_are_not_left_out(attention):
+    """The same weights under eager attention, as transformers loads the model, are the truth."""
+    family = "internvl-gpt_oss"
+    kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
+    try:
+        model = ForestModel(make(family, attention=kinds)[0]).eval()
+    except ValueError as error:
+        assert "sink" in str(error)
+        return
+    examples, store = encoded(family, model)
+    batch = build_batch(examples, store, row_tokens=4096)
+    with torch.no_grad():
+        found = batch.leaf_sums(model.logps(batch))
+    assert (found - true_logps(family)).abs().max() < LOGP_TOLERANCE
 
 
 def test_a_processor_of_another_model_is_refused():
