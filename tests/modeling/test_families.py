@@ -133,7 +133,8 @@ def full_gradients_are_the_same(family):
         assert loss.item() == pytest.approx(true.item(), rel=1e-5)
         moved = assert_same_gradients(found, gradients(vlm))
         if family not in FAMILIES:
-            assert moved >= 0.7 * len(found), (moved, len(found))
+            used = [name for name in found if "video_tower" not in name]
+            assert moved >= 0.7 * len(used), (moved, len(used))
             continue
         assert moved >= (45 if train_vision else 21)
         kept = [out.requires_grad for out in outputs]
