@@ -312,6 +312,34 @@ def deepseek_vl(processor) -> dict:
     }
 
 
+def deepseek_vl_hybrid(processor) -> dict:
+    high = {"hidden_size": TOWER, "output_channels": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 2 * SIDE, "patch_size": 7, "window_size": 4,
+            "global_attn_indexes": [1], "mlp_dim": 32, "num_pos_feats": 8, "scale": 4}  # fmt: skip
+    return deepseek_vl(processor) | {"high_res_vision_config": high}
+
+
+def video_llama_3(processor) -> dict:
+    vision = _tower()
+    del vision["image_size"]
+    return {
+        "image_token_id": processor.image_token_id,
+        "video_token_id": processor.video_token_id,
+        "vision_config": vision,
+        "text_config": _text(processor, model_type="qwen2"),
+    }
+
+
+def pixtral(processor) -> dict:
+    return {
+        "image_token_index": processor.image_token_id,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "vision_config": _tower(model_type="pixtral", head_dim=12) | {"image_size": 2 * SIDE},
+        "text_config": _text(processor, model_type="mistral", head_dim=8, sliding_window=None),
+    }
+
+
 def vipllava(processor) -> dict:
     return _llava(processor) | {"vision_feature_layer": [-2, -1, 1]}
 
@@ -426,7 +454,10 @@ CASES = {
     "llava_next_video": _case("llava_next_video"),
     "vipllava": _case("vipllava"),
     "video_llava": _case("video_llava"),
+    "llava-pixtral": _case("pixtral", "llava"),
+    "video_llama_3": _case("video_llama_3"),
     "deepseek_vl": _case("deepseek_vl"),
+    "deepseek_vl_hybrid": _case("deepseek_vl_hybrid"),
     "ernie4_5_vl_moe": _case("ernie4_5_vl_moe"),
     "paddleocr_vl": _case("paddleocr_vl"),
     "idefics2": _case("idefics2"),
