@@ -170,7 +170,7 @@ def truth(vlm, family, examples, objective=OBJECTIVE, records=None):
 
 
 def truth_of_prompts(vlm, family, examples):
-    """(2, B): log-probs of responses to `prompts`, by `apply_chat_template` alone.
+    """(2, B): log-probs of responses to `prompts`, by only `apply_chat_template`.
 
     The ids of a response are compared with those that the template writes.
     """

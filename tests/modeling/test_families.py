@@ -244,9 +244,13 @@ MOST_USED = (
 )  # fmt: skip
 """The families that two ranks train."""
 
+ATTENDING = (*FAMILIES, *MOST_USED, "kimi_k25", "internvl-gpt_oss", "molmo2", "lfm2_vl")
+"""The families whose attention implementations are all run."""
+
 CELLS = [
     (family, column) for family in MODELS for column in COLUMNS
-    if (family in MOST_USED if column == "2 ranks" else family in FAMILIES or column in OF_ALL)
+    if column in OF_ALL
+    or family in {"2 ranks": MOST_USED, "attention": ATTENDING}.get(column, FAMILIES)
 ]  # fmt: skip
 END_TOKENS = {
     "</s>", "<|im_end|>", "<end_of_utterance>", "<end_of_turn>", "<turn|>", "<eos>", "<|eot_id|>",
