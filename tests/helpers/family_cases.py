@@ -155,8 +155,13 @@ def true_logps(family):
 
 
 def truth(vlm, family, examples, objective=OBJECTIVE, records=None):
-    """(L, B): each leaf as one plain sequence, encoded as by `apply_chat_template`."""
+    """(L, B): each leaf as one plain sequence, encoded as by `apply_chat_template`.
+
+    Norms, adapters and experts compute as in transformers and PEFT.
+    """
     processor, own = made(family)
+    instances = [vars(module) for module in vlm.modules() if "forward" in vars(module)]
+    replaced = [names.pop("forward") for names in instances]
     table = []
     for record, example in zip(records or own, examples, strict=True):
         row = []
@@ -166,6 +171,8 @@ def truth(vlm, family, examples, objective=OBJECTIVE, records=None):
             inputs = encode(processor, [one.open("") for one in stored], text)
             row.append(separate_logps(vlm, inputs, [leaf.ids])[0].sum())
         table.append(torch.stack(row))
+    for names, forward in zip(instances, replaced, strict=True):
+        names["forward"] = forward
     return torch.stack(table, 1)
 
 
@@ -256,7 +263,10 @@ def with_lora(family, attention="sdpa"):
     """A model whose adapters are not zero, with examples and images."""
     vlm, _ = make(family, attention=attention)
     decoder = vlm.model.get_decoder()
-    linear = [n for n, m in decoder.named_modules() if isinstance(m, torch.nn.Linear)]
+    linear = [
+        n for n, m in decoder.named_modules()
+        if isinstance(m, torch.nn.Linear) and "router" not in n and not n.endswith(".gate")
+    ]  # fmt: skip
     model = ForestModel(vlm)
     torch.manual_seed(0)
     add_lora(vlm, 2, 4)

@@ -88,7 +88,7 @@ def random_record(
 ) -> Record:
     """A record of random words, with `images` images and `negatives` times as many retrieved ones.
 
-    The images of a prompt have different sizes. `check_prompt` checks that the prompt places the images.
+    The images of a prompt have different sizes. `check_prompt` checks that the prompt places them.
     """
     chosen = random_text(rng, 2, 9)
     while (rejected := random_text(rng, 2, 9)) == chosen:
