@@ -39,6 +39,7 @@ class Case:
         config: makes the configuration from the processor.
         eager: whether the language model needs eager attention, as for sinks.
         images: most images of different sizes that its processor takes in a prompt.
+        ends: tokens that end a response by the generation configuration.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Case:
     config: Callable
     eager: bool = False
     images: int = 3
+    ends: tuple[str, ...] = ()
 
 
 _TWO_KINDS = ["sliding_attention", "full_attention"]
@@ -310,6 +312,34 @@ def deepseek_vl(processor) -> dict:
     }
 
 
+def deepseek_vl_hybrid(processor) -> dict:
+    high = {"hidden_size": TOWER, "output_channels": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 2 * SIDE, "patch_size": 7, "window_size": 4,
+            "global_attn_indexes": [1], "mlp_dim": 32, "num_pos_feats": 8, "scale": 4}  # fmt: skip
+    return deepseek_vl(processor) | {"high_res_vision_config": high}
+
+
+def video_llama_3(processor) -> dict:
+    vision = _tower()
+    del vision["image_size"]
+    return {
+        "image_token_id": processor.image_token_id,
+        "video_token_id": processor.video_token_id,
+        "vision_config": vision,
+        "text_config": _text(processor, model_type="qwen2"),
+    }
+
+
+def pixtral(processor) -> dict:
+    return {
+        "image_token_index": processor.image_token_id,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "vision_config": _tower(model_type="pixtral", head_dim=12) | {"image_size": 2 * SIDE},
+        "text_config": _text(processor, model_type="mistral", head_dim=8, sliding_window=None),
+    }
+
+
 def vipllava(processor) -> dict:
     return _llava(processor) | {"vision_feature_layer": [-2, -1, 1]}
 
@@ -396,16 +426,18 @@ def _internvl_case(text: str, eager: bool = False, **more) -> Case:
     )
 
 
+_GLM_ENDS = ("<|endoftext|>", "<|user|>")
+
 CASES = {
     "qwen3_vl_moe": _case("qwen3_vl_moe"),
     "qwen3_5_moe": _case("qwen3_5_moe"),
     "internvl-qwen3": _internvl_case("qwen3"),
     "internvl-qwen3_moe": _internvl_case("qwen3_moe", **_qwen_experts()),
     "internvl-gpt_oss": _internvl_case("gpt_oss", eager=True, **_SINKS),
-    "glm4v": _case("glm4v"),
-    "glm46v": _case("glm46v"),
-    "glm4v_moe": _case("glm4v_moe", processor=processors.glm46v),
-    "glm_ocr": _case("glm_ocr", processor=processors.glm46v),
+    "glm4v": _case("glm4v", ends=_GLM_ENDS),
+    "glm46v": _case("glm46v", ends=_GLM_ENDS),
+    "glm4v_moe": _case("glm4v_moe", processor=processors.glm46v, ends=_GLM_ENDS),
+    "glm_ocr": _case("glm_ocr", processor=processors.glm4v, ends=_GLM_ENDS),
     "gemma4": _case("gemma4"),
     "gemma4-vision": _case("gemma4", "gemma4", config=gemma4_vision),
     "gemma4-moe": _case("gemma4", "gemma4", config=gemma4_moe),
@@ -422,7 +454,10 @@ CASES = {
     "llava_next_video": _case("llava_next_video"),
     "vipllava": _case("vipllava"),
     "video_llava": _case("video_llava"),
+    "llava-pixtral": _case("pixtral", "llava"),
+    "video_llama_3": _case("video_llama_3"),
     "deepseek_vl": _case("deepseek_vl"),
+    "deepseek_vl_hybrid": _case("deepseek_vl_hybrid"),
     "ernie4_5_vl_moe": _case("ernie4_5_vl_moe"),
     "paddleocr_vl": _case("paddleocr_vl"),
     "idefics2": _case("idefics2"),

@@ -93,7 +93,7 @@ def _glm(processor, image, thoughts: str = ""):
     images = "<|begin_of_image|><|image|><|end_of_image|>"
     answer = f"<|assistant|>{_LINE}"
     template = _template(
-        f"<|{_ROLE}|>{_LINE}", answer + thoughts, "", "", images, start=f"[gMASK]<sop>{_LINE}"
+        f"<|{_ROLE}|>{_LINE}", answer + thoughts, "", "", images, start="[gMASK]<sop>"
     )
     template = template.removesuffix(answer + thoughts + "{% endif %}") + answer + "{% endif %}"
     return processor(
@@ -150,7 +150,7 @@ def minicpmv4_7_slices():
     return _minicpm(7, slices=True)
 
 
-def mistral3():
+def _pixtral(merge: int):
     special = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG_BREAK]"]
     tokenizer = _tokenizer(
         [*special, "[IMG_END]"], bos="<s>", eos="</s>", pad="<pad>", image_token="[IMG]"
@@ -162,9 +162,17 @@ def mistral3():
         hf.PixtralImageProcessorPil(patch_size=7, size={"longest_edge": 2 * SIDE}),
         tokenizer,
         patch_size=7,
-        spatial_merge_size=2,
+        spatial_merge_size=merge,
         chat_template=_template(begin, "", end, "</s>", "[IMG]", start="<s>"),
     )
+
+
+def mistral3():
+    return _pixtral(merge=2)
+
+
+def pixtral():
+    return _pixtral(merge=1)
 
 
 def ernie4_5_vl_moe():
@@ -275,6 +283,29 @@ def deepseek_vl():
         tokenizer,
         num_image_tokens=16,
         chat_template=_template(*turns, f"<image_placeholder>{_LINE}"),
+    )
+
+
+def deepseek_vl_hybrid():
+    processor = deepseek_vl()
+    image = _pil("deepseek_vl_hybrid", "DeepseekVLHybrid")
+    return hf.DeepseekVLHybridProcessor(
+        image(size=_SQUARE, high_res_size={"height": 2 * SIDE, "width": 2 * SIDE}),
+        processor.tokenizer,
+        num_image_tokens=16,
+        chat_template=processor.chat_template,
+    )
+
+
+def video_llama_3():
+    processor = hf.VideoLlama3Processor
+    processor.video_processor_class = "VideoProcessorMixin"
+    image = _pil("video_llama_3", "VideoLlama3")(
+        size=_PIXELS, temporal_patch_size=1, min_tokens=4, max_tokens=64, **_MERGED
+    )
+    tokenizer = _chatml_tokenizer(image_token="<image>", video_token="<video>")
+    return processor(
+        image, tokenizer, VideoProcessorMixin(), chat_template=_chatml(f"<image>{_LINE}")
     )
 
 

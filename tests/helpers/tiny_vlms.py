@@ -33,6 +33,7 @@ FAMILIES = (
     "janus",
 )
 WIDTH, TOWER = 32, 24  # hidden sizes of language model and vision tower
+SIZES = [(28, 28), (56, 28), (28, 56), (56, 42), (49, 56)]  # of images, in pixels
 
 
 def make(family: str, *, attention: str = "sdpa", seed: int = 0):
@@ -61,15 +62,16 @@ def make(family: str, *, attention: str = "sdpa", seed: int = 0):
         torch.manual_seed(seed)
         vlm = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
         _randomize(vlm)
+    if case and case.ends:
+        vlm.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids([*case.ends])
     return vlm.float().eval(), processor
 
 
 def random_images(rng: np.random.Generator, count: int, sizes=None) -> list[Image.Image]:
     """Images of noise over a color ramp; sizes are (width, height)."""
-    choices = [(28, 28), (56, 28), (28, 56), (56, 42), (49, 56)]
     made = []
     for i in range(count):
-        width, height = sizes[i] if sizes else choices[rng.integers(len(choices))]
+        width, height = sizes[i] if sizes else SIZES[rng.integers(len(SIZES))]
         ramp = np.linspace(0, 160, width)[None, :, None] * rng.random(3)
         noise = rng.integers(0, 96, (height, width, 3))
         made.append(Image.fromarray((ramp + noise).astype(np.uint8)))
@@ -86,12 +88,15 @@ def random_record(
 ) -> Record:
     """A record of random words, with `images` images and `negatives` times as many retrieved ones.
 
-    Each image has a different size. `check_prompt` checks that the prompt places the images.
+    The images of a prompt have different sizes. `check_prompt` checks that the prompt places them.
     """
     chosen = random_text(rng, 2, 9)
     while (rejected := random_text(rng, 2, 9)) == chosen:
         pass
-    shown, retrieved = random_images(rng, images), random_images(rng, images * negatives)
+    order = rng.permutation(len(SIZES))
+    sizes = [SIZES[i] for i in order] * (images * negatives)
+    shown = random_images(rng, images, sizes)
+    retrieved = random_images(rng, images * negatives, sizes[::-1])
     record = Record(
         f"{family}-{rng.integers(1 << 30)}",
         ({"role": "user", "content": random_text(rng, 3, 8)},),
