@@ -132,11 +132,6 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
     )
 
 
-def has_softcap(config: PreTrainedConfig) -> bool:
-    """Whether attention scores have a softcap (Gemma 2), which sdpa and flash attention lack."""
-    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
-
-
 def head_width(text: PreTrainedConfig) -> int:
     """Width of an attention head of a language model."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -26,8 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from realign.data.errors import short_error
 from realign.distributed import disable_cudnn_attention
 from realign.modeling import lora
-from realign.modeling.attention import IMPLEMENTATIONS
-from realign.modeling.layouts import has_softcap
+from realign.modeling.attention import implementations
 from realign.modeling.limits import TooLarge, limited
 from realign.modeling.merging import adapter_base, cast, merge, put_on
 from realign.modeling.model_files import check_model, find_file, most_numbers
@@ -69,8 +68,9 @@ def load_model(
     Args:
         path: folder or Hub name.
         dtype: dtype of the weights.
-        attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`. For a
-            model whose attention has a softcap, eager replaces sdpa, tree and flash.
+        attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`. Where
+            the model's class supports no sdpa (softcap, attention sinks), eager replaces sdpa, tree
+            and flash.
         meta: build the model without weights, on the meta device. `fsdp.shard` later sends the
             weights of rank 0.
 
@@ -79,9 +79,7 @@ def load_model(
     """
     disable_cudnn_attention()
     config, auto = _vision_config(path), AutoModelForImageTextToText
-    if attention in ("tree", "flash", "sdpa") and has_softcap(config):
-        attention = "eager"
-    kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
+    kinds = implementations(config, attention)
     if meta:
         size = partial(most_numbers, adapter_base(path) or path)
         with torch.device("meta"), limited(size, meta=True):

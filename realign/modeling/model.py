@@ -18,11 +18,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from realign.distributed import broadcast_from_rank0
-from realign.modeling import norms, tree_attention, varlen_attention
-from realign.modeling.attention import IMPLEMENTATIONS, forest_mask
+from realign.modeling import norms, tree_attention
+from realign.modeling.attention import forest_mask, suitable
 from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import Features, Images, ImageStore, features, in_slots
-from realign.modeling.layouts import SLIDING, TESTED, has_softcap, head_width, layout_of
+from realign.modeling.layouts import SLIDING, TESTED, layout_of
 from realign_kernels import (
     NonFiniteError,
     Objective,
@@ -73,21 +73,9 @@ class ForestModel(nn.Module):
         self.layout = layout_of(vlm)
         decoder = vlm.model.get_decoder()
         norms.use(decoder)
-        self.instead: str | None = None  # reason why the attention differs from the setting
-        attends, width = decoder.config._attn_implementation, head_width(decoder.config)
-        if attends in tree_attention.NAMES:
-            if not self.layout.causal:
-                attends, self.instead = "sdpa", "not every layer has full causal attention"
-            elif getattr(decoder.config, "attention_dropout", 0):
-                attends, self.instead = "sdpa", "it has dropout"
-            elif attends == tree_attention.VARLEN and not varlen_attention.supports_width(width):
-                attends, self.instead = tree_attention.CALLS, f"its heads are {width} wide"
-        self.attention = decoder.config._attn_implementation = attends
-        if self.attention not in IMPLEMENTATIONS.values():
-            raise ValueError(
-                f"the model attends by {self.attention!r}, which supports no forests. Load it with "
-                f"one of these as attn_implementation: {', '.join(IMPLEMENTATIONS.values())}."
-            )
+        # The reason is printed, since the attention then differs from the setting.
+        self.attention, self.instead = suitable(decoder, self.layout)
+        decoder.config._attn_implementation = self.attention
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
         tower = vlm.model.get_encoder("image")
         frozen = [] if train_vision else [p for n, p in tower.named_parameters() if _JOIN not in n]
@@ -166,8 +154,6 @@ class ForestModel(nn.Module):
             Lines to print: each deviation from the settings, with the reason.
         """
         kind, layout = self.vlm.config.model_type, self.layout
-        if self.attention == "eager" and has_softcap(self.vlm.config):
-            yield "attention is eager: the model has a softcap, which sdpa lacks"
         if self.instead:
             yield f"attention is {self.attention}: {self.instead}"
         if layout.shares_prefix:
