@@ -106,7 +106,7 @@ def suitable(decoder: PreTrainedModel, layout: Layout) -> tuple[str, str | None]
         ValueError: for an implementation that supports no forests.
     """
     config = decoder.config
-    attends, width = config._attn_implementation, _width(config)
+    attends, width = str(config._attn_implementation), _width(config)
     if attends not in IMPLEMENTATIONS.values():
         raise ValueError(
             f"the model attends by {attends!r}, which supports no forests. Load it with one of "
@@ -126,7 +126,7 @@ def suitable(decoder: PreTrainedModel, layout: Layout) -> tuple[str, str | None]
     return attends, None
 
 
-def _supports_sdpa(model_class: type | None) -> bool:
+def _supports_sdpa(model_class: object) -> bool:
     return getattr(model_class, "_supports_sdpa", True)
 
 

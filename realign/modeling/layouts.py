@@ -51,6 +51,7 @@ class Layout:
         kinds: kinds of layers: full attention, sliding attention, or others.
         window: positions that a token sees in a sliding layer, itself included.
         separate: reason why responses cannot share a prompt; None if they can.
+        ends: ids of the tokens at which the model stops, from its generation settings.
     """
 
     image_token_id: int
@@ -61,6 +62,7 @@ class Layout:
     kinds: tuple[str, ...] = (FULL,)
     window: int | None = None
     separate: str | None = None
+    ends: tuple[int, ...] = ()
 
     @property
     def shares_prefix(self) -> bool:
@@ -129,12 +131,19 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
         kinds=tuple(sorted(set(kinds))),
         window=window,
         separate=_separate(kinds),
+        ends=_ends(vlm),
     )
 
 
 def head_width(text: PreTrainedConfig) -> int:
     """Width of an attention head of a language model."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _ends(vlm: PreTrainedModel) -> tuple[int, ...]:
+    """The end tokens in the generation settings of a model, one or several."""
+    ends = getattr(vlm.generation_config, "eos_token_id", None)
+    return (ends,) if isinstance(ends, int) else tuple(ends or ())
 
 
 def _separate(kinds: list[str]) -> str | None:

@@ -19,7 +19,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
@@ -79,13 +85,16 @@ def load_model(
     """
     disable_cudnn_attention()
     config, auto = _vision_config(path), AutoModelForImageTextToText
-    kinds = implementations(config, attention)
+    kinds, base = implementations(config, attention), adapter_base(path)
     if meta:
-        size = partial(most_numbers, adapter_base(path) or path)
+        size = partial(most_numbers, base or path)
         with torch.device("meta"), limited(size, meta=True):
-            return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
+            model = auto.from_config(config, dtype=dtype, attn_implementation=kinds)
+        if find_file(base or path, "generation_config.json"):
+            model.generation_config = from_pretrained(GenerationConfig, base or path)
+        return model
     options: dict[str, Any] = {"attn_implementation": kinds}
-    if (base := adapter_base(path)) is None:
+    if base is None:
         return from_pretrained(auto, path, dtype=dtype, **options)
     wide = from_pretrained(auto, base, adapter=path, dtype=torch.float32, **options)
     return cast(merge(put_on(wide, path)), dtype)

@@ -74,13 +74,13 @@ def forest_attention(
         # kernels need equal widths, and zeros change neither scores nor the other columns.
         width = max(query.shape[-1], value.shape[-1])
         rows = [
-            F.pad(states.to(value.dtype), (0, width - states.shape[-1])).transpose(1, 2)
+            F.pad(states.to(value.dtype), (0, width - states.shape[-1]))
+            .transpose(1, 2)
+            .flatten(0, 1)
             for states in (query, key, value)
         ]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out, _ = varlen_attention.forest_attention(
-            *(states.flatten(0, 1) for states in rows), *sequences, scale
-        )
+        out, _ = varlen_attention.forest_attention(*rows, *sequences, scale)
         return out.unflatten(0, (len(query), -1))[..., : value.shape[-1]], None
     if trees is None:
         if attention_mask is not None and attention_mask.numel() == 1 < query.shape[2]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import tiny_vlms as tiny
+import torch
 from tiny_processors import make_processor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
