@@ -160,9 +160,8 @@ class ChatTemplate:
             return body
         if self._end is None:
             self._warn(
-                "the chat template writes no end of a response, the model's generation settings "
-                "name none, and the tokenizer has no eos_token: responses are scored without an "
-                "end."
+                "the chat template writes no end of a response, and neither the generation "
+                "settings nor the tokenizer name one. Responses are scored without an end."
             )
             return body
         return body.rstrip() + self._end  # as LLaVA-1.5 is trained

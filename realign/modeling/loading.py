@@ -29,7 +29,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from realign.data.errors import short_error
 from realign.distributed import disable_cudnn_attention
-from realign.modeling import lora, lora_targets
+from realign.modeling import lora, lora_experts, lora_targets
 from realign.modeling.attention import implementations
 from realign.modeling.limits import TooLarge, limited
 from realign.modeling.merging import adapter_base, cast, merge, put_on
@@ -213,6 +213,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
         adapted = get_peft_model(model, lora_targets.config_for(model, rank, alpha))
     lora_targets.check(model)
     lora.use(adapted)
+    lora_experts.use(adapted)
     return adapted
 
 

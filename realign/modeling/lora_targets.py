@@ -1,7 +1,7 @@
 """Targets of LoRA: linear layers and fused experts of a language model, and a check of them.
 
-PEFT adapts the 3-D weights of fused experts by `target_parameters`. It computes W + scaling B A for
-all experts in each forward, in the dtype of W. Routers, embeddings and norms stay frozen.
+PEFT adapts the 3-D weights of fused experts by `target_parameters`. Routers, embeddings and norms
+stay frozen.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def _language_model(model: PreTrainedModel) -> tuple[str, list[Layer]]:
 def config_for(model: PreTrainedModel, rank: int, alpha: float) -> LoraConfig:
     """The configuration of LoRA on all linear layers and fused experts of the language model.
 
-    An expert's rank is `rank` divided by the number of experts that a token uses, so that the share
-    of learned weights is that of other layers (thinkingmachines.ai/blog/lora). alpha / rank is the
-    same everywhere.
+    An expert's rank is `rank` divided by the number of experts that a token uses. A token then has
+    as many learned weights in experts as in a linear layer (thinkingmachines.ai/blog/lora). alpha /
+    rank is the same everywhere.
     """
     prefix, layers = _language_model(model)
     linear, experts = targets_of(layers)

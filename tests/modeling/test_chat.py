@@ -209,7 +209,7 @@ def test_a_response_without_any_end_is_reported():
     tokenizer = byte_level(["a"], 300)
     tokenizer.eos_token = None
     chat = chat_of(tokenizer, FINE["no end"])
-    with pytest.warns(UserWarning, match="no eos_token: responses are scored without an end"):
+    with pytest.warns(UserWarning, match="nor the tokenizer name one. Responses are scored"):
         assert rendered(chat, (ASKED,), "red ")[1] == "red "
 
 
@@ -256,7 +256,7 @@ def test_end_tokens_of_the_generation_settings():
         ends = tokenizer.convert_tokens_to_ids(["<|observation|>", "</s>"])
         assert rendered(ChatTemplate(tokenizer, ends), (ASKED,), "red")[1] == f"red{expected}"
     beyond = ChatTemplate(tokenizer, [10_000])
-    with pytest.warns(UserWarning, match="generation settings name none"):
+    with pytest.warns(UserWarning, match="neither the generation settings nor the tokenizer"):
         assert rendered(beyond, (ASKED,), "red")[1] == "red"
 
 

@@ -11,12 +11,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from runs import assert_same_run, curve, weights
 from torch import nn
 from transformers import AutoModelForImageTextToText
+from transformers.integrations import moe
 
 from realign import export
 from realign.config import parse
 from realign.data.records import write_pairs
 from realign.files import read_jsonl
-from realign.modeling import lora_targets
+from realign.modeling import lora_experts, lora_targets
 from realign.modeling.loading import adapters_off, add_lora, load_model, load_trained
 from realign.train import train
 
@@ -78,17 +79,27 @@ def score(vlm, ids):
     return vlm(input_ids=ids, use_cache=False).logits.log_softmax(-1)
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["factors", "peft"])
 @pytest.mark.parametrize("name", NAMES)
-def test_lora_is_on_every_linear_layer_and_expert_and_exact(name):
+def test_lora_is_on_every_linear_layer_and_expert_and_exact(name, ours, monkeypatch):
     """Outputs and gradients equal those of weights that are merged by hand, in fp64."""
     vlm, _ = make_moe(name, "eager")
-    vlm.double().config.get_text_config()._experts_implementation = "eager"
-    plain = copy.deepcopy(vlm)
+    # torch has grouped products in fp32 and lower only.
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+    plain = copy.deepcopy(vlm.double())
+    plain.config.get_text_config()._experts_implementation = "eager"
+    calls = []
+    forward = lora_experts.experts_forward
+    monkeypatch.setattr(
+        lora_experts, "experts_forward", lambda *given: calls.append(1) or forward(*given)
+    )
+    if not ours:
+        monkeypatch.setattr(lora_experts, "_factors", lambda *_: None)
     linear = {n for n, m in vlm.model.get_decoder().named_modules() if isinstance(m, nn.Linear)}
     fused = [n for n, _ in vlm.model.get_decoder().named_parameters() if n.endswith(FUSED)]
     adapted = add_lora(vlm, RANK, ALPHA)
     before = score(plain, IDS)
-    assert torch.equal(score(vlm, IDS), before)
+    assert (score(vlm, IDS) - before).abs().max() < 1e-12
     factors = factors_of(randomized(adapted).double())
     prefix = "model.language_model."
     wanted = {f"{prefix}{n}.weight" for n in linear} | {prefix + n for n in fused}
@@ -99,6 +110,7 @@ def test_lora_is_on_every_linear_layer_and_expert_and_exact(name):
         assert pair["A"].shape[0] == pair["B"].shape[1] == rank * experts
     merged_by_hand(plain, factors).requires_grad_(True)
     found, true = score(vlm, IDS), score(plain, IDS)
+    assert bool(calls) == ours
     assert (found - true).abs().max() < 1e-10 < 0.1 < (true - before).abs().max()
     found[..., 5].sum().backward()
     true[..., 5].sum().backward()
@@ -119,6 +131,63 @@ def test_lora_is_on_every_linear_layer_and_expert_and_exact(name):
             seen += bool(grad.any())
     assert seen > len(linear)
     assert [n for n, p in vlm.named_parameters() if p.requires_grad and ".lora_" not in n] == []
+
+
+def test_no_sum_of_weights_is_kept_for_the_backward(monkeypatch):
+    """PEFT keeps one per parameter of fused experts."""
+    kept = []
+    for way in ("factors", "peft"):
+        vlm, _ = make_moe("qwen3_vl_moe")
+        add_lora(vlm, RANK, ALPHA)
+        weights = {p.data_ptr() for p in vlm.parameters()}
+        sizes = {
+            p.numel() for n, p in vlm.named_parameters() if "experts.base" in n and p.dim() == 3
+        }
+        large = set()
+
+        def note(tensor, weights=weights, sizes=sizes, large=large):
+            if tensor.numel() in sizes and tensor.dim() == 3 and tensor.data_ptr() not in weights:
+                large.add(tensor.data_ptr())
+            return tensor
+
+        if way == "peft":
+            monkeypatch.setattr(lora_experts, "_factors", lambda *_: None)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = score(vlm, IDS).sum()
+        kept.append(len(large))
+        loss.backward()
+    assert kept == [0, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_in_low_precision_err_like_pefts(dtype, monkeypatch):
+    """Outputs and gradients of one module, against fp64; adapters in fp32 beside the base."""
+    found = {}
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(40, 32, generator=generator).to(dtype)
+    weights, index = torch.rand(40, 4, generator=generator).topk(2)
+    upstream = torch.randn(40, 32, generator=generator)
+    for way, kind in (("true", torch.float64), ("factors", dtype), ("peft", dtype)):
+        vlm, _ = make_moe("internvl-gpt_oss")
+        experts = randomized(add_lora(vlm, RANK, ALPHA)).base_model.model.model.language_model
+        experts = experts.layers[0].mlp.experts.to(dtype).to(kind)
+        with monkeypatch.context() as patch:
+            if way != "factors":
+                patch.setattr(lora_experts, "_factors", lambda *_: None)
+            if way == "true":
+                patch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+            else:
+                for name, value in experts.named_parameters():
+                    value.data = value.data.float() if ".lora_" in f".{name}" else value.data
+            rows = inputs.to(kind).requires_grad_()
+            out = experts(rows, index, weights.to(kind))
+            out.backward(upstream.to(kind))
+        learned = [p.grad for p in experts.parameters() if p.requires_grad]
+        assert len(learned) == 4 and out.dtype == kind
+        found[way] = [out, rows.grad, *learned]
+    for own, theirs, true in zip(found["factors"], found["peft"], found["true"], strict=True):
+        errors = [float((some.double() - true).norm() / true.norm()) for some in (own, theirs)]
+        assert errors[0] <= 2 * errors[1] + 1e-6
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe", "internvl-gpt_oss"])
