@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from family_cases import made
+from forked_ranks import run_command, run_ranks
 from moe_models import NAMES, make_moe
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import assert_same_run, curve, weights
@@ -100,6 +101,8 @@ def test_lora_is_on_every_linear_layer_and_expert_and_exact(name, ours, monkeypa
     adapted = add_lora(vlm, RANK, ALPHA)
     before = score(plain, IDS)
     assert (score(vlm, IDS) - before).abs().max() < 1e-12
+    whole = [m for m in vlm.modules() if isinstance(getattr(m, "base_layer", None), nn.Linear)]
+    assert all("forward" in vars(m) for m in whole) and len(whole) == len(linear)
     factors = factors_of(randomized(adapted).double())
     prefix = "model.language_model."
     wanted = {f"{prefix}{n}.weight" for n in linear} | {prefix + n for n in fused}
@@ -283,6 +286,19 @@ def words(folder, output, *more):
         "--reference-cache": folder / "reference", "--save-every": 2, "--dtype": "fp32",
     }  # fmt: skip
     return [str(word) for word in (*sum(given.items(), ()), "--quiet", *more)]
+
+
+def test_two_ranks_train_the_same_experts(tmp_path):
+    vlm, processor = make_moe("llava-mixtral")
+    vlm.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    write_pairs(tmp_path / "pairs.parquet", made("llava")[1])
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(parse(words(tmp_path, one, "--micro-batch-size", 1)))
+    given = words(tmp_path, two, "--micro-batch-size", 1, "--fsdp")
+    run_ranks(run_command, 2, str(tmp_path / "log"), "realign.train", given)
+    found, true = (curve(read_jsonl(output / "metrics.jsonl")) for output in (two, one))
+    assert abs(found - true).max() < 1e-4 < abs(true[0] - true[-1])
 
 
 @pytest.mark.parametrize("way", [(), ("--fsdp", "--activation-checkpointing")], ids=["one", "fsdp"])
