@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftType, get_model_status
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.shira import ShiraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -142,7 +143,9 @@ def check(holder: nn.Module, report: Callable[[str], None]) -> None:
     for name, layer in vlm.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
-        if isinstance(getattr(layer, "base_layer", None), BaseTunerLayer):
+        inner = getattr(layer, "base_layer", None)
+        of_parameters = isinstance(layer, ParamWrapper) and isinstance(inner, ParamWrapper)
+        if isinstance(inner, BaseTunerLayer) and not of_parameters:
             raise ValueError(
                 f"{name} has an adapter on top of another one. Merge the first before you add the "
                 "second."

@@ -140,8 +140,13 @@ def model_digest(vlm: nn.Module) -> str:
 
 
 def settings(config: PeftConfig) -> dict[str, Any]:
-    """A configuration as JSON values, without fields that do not affect the computation."""
-    return _plain({k: v for k, v in config.to_dict().items() if k not in _OF_HOLDER})
+    """A configuration as JSON values, without fields that do not affect the computation.
+
+    Where PEFT changes `target_parameters`, it is a set until it is saved.
+    """
+    fields = {k: v for k, v in config.to_dict().items() if k not in _OF_HOLDER}
+    fields["target_parameters"] = set(fields.get("target_parameters") or ()) or None
+    return _plain(fields)
 
 
 def _plain(value: Any) -> Any:

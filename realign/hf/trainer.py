@@ -33,7 +33,7 @@ from realign.distributed import disable_cudnn_attention, workers_of_rank
 from realign.hf import adapter_checks, adapters, checks, parts
 from realign.hf.config import RDPOConfig
 from realign.hf.records import Records
-from realign.modeling import reference_logps
+from realign.modeling import lora_targets, reference_logps
 from realign.modeling.attention import choose
 from realign.modeling.encode import encode_table, make_objective
 from realign.modeling.images import ImageStore
@@ -101,6 +101,7 @@ class RDPOTrainer(Trainer):
             self.adapter = get_peft_model(vlm, peft_config)
         if self.adapter is not None:
             adapter_checks.check(self.adapter, self._log_rank0)
+            self._log_rank0(lora_targets.share(vlm))
             checks.widen(self.adapter, autocast=args.autocast, log=self._log_rank0)
         else:
             checks.check_full_model(vlm)

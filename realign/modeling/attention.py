@@ -9,9 +9,16 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from realign.modeling import tree_attention, varlen_attention
 from realign.modeling.forest import Example, ForestBatch
+from realign.modeling.layouts import Layout, head_width
 
 IMPLEMENTATIONS = {
     "tree": tree_attention.CALLS,
@@ -61,6 +68,72 @@ def choose(
     if compiled:  # one call per tree would recompile for every layout
         return "sdpa", f"attention by tree is sdpa under --compile: {missing}"
     return "tree", None
+
+
+def implementations(config: PreTrainedConfig, attention: str) -> dict[str, str]:
+    """The `attn_implementation` of a vision-language model for the setting `attention`.
+
+    Args:
+        config: configuration of the whole model.
+        attention: a key of `IMPLEMENTATIONS`, for the language model.
+
+    Returns:
+        Names of implementations for the whole model ("") and its language model. Eager replaces
+        sdpa, tree and flash where the class in transformers supports no sdpa.
+    """
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    language = MODEL_MAPPING.get(type(config.get_text_config()), None)
+    if attention in ("tree", "flash", "sdpa") and not _supports_sdpa(language):
+        attention = "eager"
+    return {
+        "": "sdpa" if _supports_sdpa(whole) else "eager",
+        "text_config": IMPLEMENTATIONS[attention],
+    }
+
+
+def suitable(decoder: PreTrainedModel, layout: Layout) -> tuple[str, str | None]:
+    """The implementation for a language model, which may differ from that in its configuration.
+
+    Args:
+        decoder: the language model.
+        layout: its layout.
+
+    Returns:
+        transformers' name of the implementation, and the reason if it is not the configured one or
+        could not be another one.
+
+    Raises:
+        ValueError: for an implementation that supports no forests.
+    """
+    config = decoder.config
+    attends, width = str(config._attn_implementation), _width(config)
+    if attends not in IMPLEMENTATIONS.values():
+        raise ValueError(
+            f"the model attends by {attends!r}, which supports no forests. Load it with one of "
+            f"these as attn_implementation: {', '.join(IMPLEMENTATIONS.values())}."
+        )
+    if attends != IMPLEMENTATIONS["flex"] and not _supports_sdpa(type(decoder)):
+        # They have softcaps or attention sinks, which sdpa ignores.
+        return "eager", f"{type(decoder).__name__} supports no sdpa"
+    if attends not in tree_attention.NAMES:
+        return attends, None
+    if not layout.causal:
+        return "sdpa", "not every layer has full causal attention"
+    if getattr(config, "attention_dropout", 0):
+        return "sdpa", "it has dropout"
+    if attends == tree_attention.VARLEN and not varlen_attention.supports_width(width):
+        return tree_attention.CALLS, f"its heads are {width} wide"
+    return attends, None
+
+
+def _supports_sdpa(model_class: object) -> bool:
+    return getattr(model_class, "_supports_sdpa", True)
+
+
+def _width(text: PreTrainedConfig) -> int:
+    """Largest width of queries, keys and values. They differ in multi-head latent attention."""
+    parts = [getattr(text, f"qk_{part}_head_dim", None) or 0 for part in ("nope", "rope")]
+    return max(sum(parts) or head_width(text), getattr(text, "v_head_dim", None) or 0)
 
 
 def row_budget(implementation: str, examples: Sequence[Example]) -> int:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
@@ -50,9 +51,15 @@ class Prompt:
 
 
 class ChatTemplate:
-    """The chat template of a processor, or of a tokenizer for prompts without images."""
+    """The chat template of a processor, or of a tokenizer for prompts without images.
 
-    def __init__(self, processor) -> None:
+    Args:
+        processor: the processor, or a tokenizer.
+        ends: ids of the tokens at which the model stops (`Layout.ends`). Without them, the
+            tokenizer's eos_token ends a response that the template leaves open.
+    """
+
+    def __init__(self, processor, ends: Sequence[int] = ()) -> None:
         self._processor = processor
         self.tokenizer: Any = getattr(processor, "tokenizer", processor)
         self._image: str | None = getattr(processor, "image_token", None)
@@ -70,6 +77,8 @@ class ChatTemplate:
         self._options = {"tokenize": False} | _frozen_date(getattr(processor, "chat_template", ""))
         self._strings: dict[tuple[str, bool], bool] = {}  # by role, and whether it holds images
         self._frames: dict[tuple, list[str]] = {}
+        known = [end for end in ends if end < len(tokenizer)]
+        self._ends: list[str] = tokenizer.convert_ids_to_tokens(known)
         self._warned: set[str] = set()
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], images: int) -> Prompt:
@@ -114,7 +123,7 @@ class ChatTemplate:
     def scored(self, prompt: Prompt, answer: str, name: str = "response") -> str:
         """The scored text of a response: the text that the template writes after the prompt.
 
-        If the template writes nothing after a response, the tokenizer's end token is added.
+        If the template writes nothing after a response, an end token of the model is added.
 
         Args:
             prompt: output of `prompt`.
@@ -142,15 +151,37 @@ class ChatTemplate:
                 f"It writes {short_repr(body)}.",
                 _FIX_TEMPLATE,
             )
-        if frame[1].strip():
+        if close := frame[1].strip():
+            if not self._special.search(close) and not any(end in close for end in self._ends):
+                self._warn(
+                    f"the chat template ends responses with {short_repr(close)}, which holds no "
+                    "special token, so the model may not learn to stop."
+                )
             return body
-        if not self.tokenizer.eos_token:
+        if self._end is None:
             self._warn(
-                "the chat template writes no end of a response and the tokenizer has no eos_token: "
-                "responses are scored without an end."
+                "the chat template writes no end of a response, and neither the generation "
+                "settings nor the tokenizer name one. Responses are scored without an end."
             )
             return body
-        return body.rstrip() + self.tokenizer.eos_token  # as LLaVA-1.5 is trained
+        return body.rstrip() + self._end  # as LLaVA-1.5 is trained
+
+    @cached_property
+    def _end(self) -> str | None:
+        """The token that ends a response after which the template writes nothing.
+
+        In dialogues of GLM a response ends where <|user|> begins the next turn, and the model stops
+        there. Other models stop at the eos_token.
+        """
+        turns = [{"role": role, "content": [text_part(_ANSWER)]} for role in (*_TURNS, "user")]
+        try:
+            behind = self._render(turns).split(_ANSWER)[2].lstrip()
+        except (Malformed, IndexError):  # it takes one question only
+            behind = ""
+        eos = self.tokenizer.eos_token
+        opening = [end for end in self._ends if behind.startswith(end)]
+        ends = [*opening, *(end for end in self._ends if end == eos), *self._ends, eos]
+        return ends[0]
 
     def check_answer(self, answer: str, name: str = "response") -> None:
         """Check that a response holds no image tag and no special token.

@@ -261,7 +261,7 @@ class _Encoder:
     ) -> None:
         self.processor, self.layout, self.objective = processor, layout, objective
         self.tokenizer = BatchTokenizer(processor.tokenizer)
-        self.template = ChatTemplate(processor)
+        self.template = ChatTemplate(processor, layout.ends)
         self.prompts = PromptIds(processor, layout, distributed.log_rank0)
         self.image_ids = {layout.image_token_id}
         self.image_ids.add(self.tokenizer.convert_tokens_to_ids(processor.image_token))
@@ -509,6 +509,7 @@ def _settings(
         layout.image_token_id,
         layout.grids,
         sorted(layout.tower_inputs),
+        layout.ends,
         max_response_tokens,
         max_tokens,
     ]

@@ -40,8 +40,8 @@ Features = dict[str, torch.Tensor]
 _OF_TOKENS = ("input_ids", "attention_mask", "labels")
 _SEVERAL = "batch_num_images"  # LLaVA-OneVision cuts tiles only for a prompt's single image
 _PIXELS = "pixel_values"
-_KNOWN_FIELDS = {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}
 _DEEPER = "deepstack_features"
+_KNOWN_FIELDS = {"last_hidden_state", "pooler_output", "hidden_states", "attentions", _DEEPER}
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def features(vlm: PreTrainedModel, images: Images, *, calls: int = 0) -> list[Fe
     """Compute the features of each image by the vision tower, in order: tensors of (tokens, H).
 
     Their name is "list" or "tensor", after the form in which the model takes several images.
-    Further features for layers of the language model are "deepstack.0", ..., and those that all
-    images share are "shared.NAME".
+    Further features for layers of the language model are "deepstack.0", ..., and other fields that
+    the model reads, equal for all images, are "shared.NAME".
 
     Args:
         vlm: the model.
@@ -161,15 +161,19 @@ def features(vlm: PreTrainedModel, images: Images, *, calls: int = 0) -> list[Fe
                 "the processor does not belong to this model. Check its patch_size, "
                 "vision_feature_select_strategy, num_additional_image_tokens and image size."
             )
+    read = inspect.unwrap(type(model).forward).__code__.co_names
     shared = {
-        f"shared.{name}": value
+        name: value
         for name, value in vars(output).items()
-        if name not in _KNOWN_FIELDS | {_DEEPER} and isinstance(value, torch.Tensor)
+        if name in read and name not in _KNOWN_FIELDS and isinstance(value, torch.Tensor)
     }
     for extra in found[len(images.calls) :]:  # backward must run through every call
         parts[kind][-1] = parts[kind][-1] + 0 * _whole(extra[kind]).sum()
     per_image = zip(*parts.values(), strict=True)
-    return [dict(zip(parts, one, strict=True)) | shared for one in per_image]
+    return [
+        dict(zip(parts, one, strict=True)) | {f"shared.{n}": v.clone() for n, v in shared.items()}
+        for one in per_image
+    ]
 
 
 def _named(output: Any, kind: str) -> dict[str, Any]:

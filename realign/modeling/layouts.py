@@ -79,6 +79,7 @@ class Layout:
         window: positions that a token sees in a sliding layer, itself included.
         separate: reason why responses cannot share a prompt; None if they can.
         one_by_one: whether the vision tower gets one image a call.
+        ends: ids of the tokens at which the model stops, from its generation settings.
     """
 
     image_token_id: int
@@ -95,6 +96,7 @@ class Layout:
     window: int | None = None
     separate: str | None = None
     one_by_one: bool = False
+    ends: tuple[int, ...] = ()
 
     @property
     def shares_prefix(self) -> bool:
@@ -204,6 +206,7 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
         window=window,
         separate=_separate(kinds),
         one_by_one=kind not in TESTED or kind in ONE_BY_ONE,
+        ends=_ends(vlm),
     )
 
 
@@ -257,11 +260,6 @@ def parameters(model: nn.Module | None, method: str) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters) if function else frozenset()
 
 
-def has_softcap(config: PreTrainedConfig) -> bool:
-    """Whether attention scores have a softcap (Gemma 2), which sdpa and flash attention lack."""
-    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
-
-
 def head_width(text: PreTrainedConfig) -> int:
     """Width of the widest attention head of a language model, whose layers may differ."""
     layers = getattr(text, "per_layer_config", None) or [text]
@@ -269,6 +267,12 @@ def head_width(text: PreTrainedConfig) -> int:
         getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         for layer in layers
     )
+
+
+def _ends(vlm: PreTrainedModel) -> tuple[int, ...]:
+    """The end tokens in the generation settings of a model, one or several."""
+    ends = getattr(vlm.generation_config, "eos_token_id", None)
+    return (ends,) if isinstance(ends, int) else tuple(ends or ())
 
 
 def _separate(kinds: list[str]) -> str | None:

@@ -5,7 +5,6 @@ Weights are read only from safetensors files. Code that comes with a model is ne
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -14,20 +13,24 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.pytorch_utils import Conv1D
 
 from realign.data.errors import short_error
 from realign.distributed import disable_cudnn_attention
-from realign.modeling import lora
-from realign.modeling.attention import IMPLEMENTATIONS
-from realign.modeling.layouts import has_softcap
+from realign.modeling import lora, lora_experts, lora_targets
+from realign.modeling.attention import implementations
 from realign.modeling.limits import TooLarge, limited
 from realign.modeling.merging import adapter_base, cast, merge, put_on
 from realign.modeling.model_files import check_model, find_file, most_numbers
@@ -35,7 +38,6 @@ from realign.modeling.model_files import check_model, find_file, most_numbers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Compute dtypes by name in the settings."""
 
-_LINEAR = (nn.Linear, Conv1D)
 _OF_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -69,8 +71,9 @@ def load_model(
     Args:
         path: folder or Hub name.
         dtype: dtype of the weights.
-        attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`. For a
-            model whose attention has a softcap, eager replaces sdpa, tree and flash.
+        attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`. Where
+            the model's class supports no sdpa (softcap, attention sinks), eager replaces sdpa, tree
+            and flash.
         meta: build the model without weights, on the meta device. `fsdp.shard` later sends the
             weights of rank 0.
 
@@ -79,15 +82,16 @@ def load_model(
     """
     disable_cudnn_attention()
     config, auto = _vision_config(path), AutoModelForImageTextToText
-    if attention in ("tree", "flash", "sdpa") and has_softcap(config):
-        attention = "eager"
-    kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS[attention]}
+    kinds, base = implementations(config, attention), adapter_base(path)
     if meta:
-        size = partial(most_numbers, adapter_base(path) or path)
+        size = partial(most_numbers, base or path)
         with torch.device("meta"), limited(size, meta=True):
-            return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
+            model = auto.from_config(config, dtype=dtype, attn_implementation=kinds)
+        if find_file(base or path, "generation_config.json"):
+            model.generation_config = from_pretrained(GenerationConfig, base or path)
+        return model
     options: dict[str, Any] = {"attn_implementation": kinds}
-    if (base := adapter_base(path)) is None:
+    if base is None:
         return from_pretrained(auto, path, dtype=dtype, **options)
     wide = from_pretrained(auto, base, adapter=path, dtype=torch.float32, **options)
     return cast(merge(put_on(wide, path)), dtype)
@@ -195,23 +199,21 @@ def _is_model(auto_class: type) -> bool:
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
-    """Put LoRA on every linear layer of the language model, and freeze everything else."""
-    language = model.model.get_decoder()
-    (prefix,) = (name for name, module in model.named_modules() if module is language)
-    inside = {name: m for name, m in model.named_modules() if name.startswith(f"{prefix}.")}
-    names = {name.rsplit(".", 1)[-1] for name, m in inside.items() if isinstance(m, _LINEAR)}
-    pattern = rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(map(re.escape, names)))})"
-    other = [name for name, m in inside.items() if not isinstance(m, _LINEAR)]
-    namesakes = [name for name in other if re.fullmatch(pattern, name)]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT only multiplies by it
-        target_modules=pattern,
-        exclude_modules=namesakes or None,
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, config)
+    """Put LoRA on all linear layers and fused experts of the language model, and freeze the rest.
+
+    Args:
+        model: the model, which is changed in place.
+        rank: rank of linear layers. `lora_targets.config_for` gives that of experts.
+        alpha: the update is scaled by alpha / rank.
+
+    Raises:
+        ValueError: if PEFT puts LoRA on other layers.
+    """
+    with lora_targets.unwarned():
+        adapted = get_peft_model(model, lora_targets.config_for(model, rank, alpha))
+    lora_targets.check(model)
     lora.use(adapted)
+    lora_experts.use(adapted)
     return adapted
 
 

@@ -18,35 +18,38 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 
 def use(model: nn.Module) -> None:
     """Replace the forward of every LoRA layer on an `nn.Linear` in `model` by `AdaptedLinear`."""
     for layer in model.modules():
-        if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
+        of_weight = type(layer) is ParamWrapper and layer.parameter_name == "weight"
+        if (type(layer) is Linear or of_weight) and type(layer.base_layer) is nn.Linear:
             layer.forward = MethodType(forward, layer)
 
 
 def forward(
-    layer: Linear,
+    layer: Linear | ParamWrapper,
     x: Tensor,  # (..., H)
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:  # (..., O)
-    """`Linear.forward` by `AdaptedLinear`. Layers that are not plain use PEFT's forward.
+    """The layer's forward by `AdaptedLinear`. Layers that are not plain use PEFT's forward.
 
     The name equals the method's, so that an unpickled model gets PEFT's forward.
     """
     if args or kwargs or not _is_plain(layer, x):
-        return Linear.forward(layer, x, *args, **kwargs)
+        peft: Any = type(layer)
+        return peft.forward(layer, x, *args, **kwargs)
     (name,) = layer.active_adapters
     base = layer.base_layer
     factors = layer.lora_A[name].weight, layer.lora_B[name].weight
     return AdaptedLinear.apply(x, base.weight, base.bias, *factors, layer.scaling[name])
 
 
-def _is_plain(layer: Linear, x: Tensor) -> bool:
+def _is_plain(layer: Linear | ParamWrapper, x: Tensor) -> bool:
     """Whether the layer adds one adapter's product to a frozen base, in one dtype.
 
     Layers with variants (DoRA), trained biases, dropout, autocast or hooks are not plain.

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from realign.data.errors import short_error
 from realign.modeling.adapter_config import plain_names, read_adapter_config
 from realign.modeling.limits import TooLarge, limited
+from realign.modeling.lora_targets import unwarned
 from realign.modeling.model_files import check_model, find_file
 
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -310,8 +311,8 @@ def _probe(model: PreTrainedModel) -> torch.Tensor:
 
 @contextmanager
 def _ignored_warnings() -> Iterator[None]:
-    """Ignore PEFT's warnings of tied ends, which `merge` handles."""
-    with warnings.catch_warnings():
+    """Ignore PEFT's warnings of tied ends, which `merge` handles, and of patterns."""
+    with warnings.catch_warnings(), unwarned():
         warnings.filterwarnings("ignore", "Model (with|has) `tie_word_embeddings")
         warnings.filterwarnings("ignore", "Input and output embeddings are no")
         yield

@@ -19,15 +19,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from realign.distributed import most_of_ranks
-from realign.modeling import norms, start_check, tree_attention, varlen_attention
-from realign.modeling.attention import IMPLEMENTATIONS, forest_mask
+from realign.modeling import norms, start_check, tree_attention
+from realign.modeling.attention import forest_mask, suitable
 from realign.modeling.forest import Example, ForestBatch
 from realign.modeling.images import Features, Images, ImageStore, features, in_slots
 from realign.modeling.layouts import (
     SLIDING,
     frozen_by_default,
-    has_softcap,
-    head_width,
     image_tower,
     layout_of,
     repeated,
@@ -76,21 +74,9 @@ class ForestModel(nn.Module):
         self.layout = layout_of(vlm)
         decoder = vlm.model.get_decoder()
         norms.use(decoder)
-        self.instead: str | None = None  # reason why the attention differs from the setting
-        attends, width = decoder.config._attn_implementation, head_width(decoder.config)
-        if attends in tree_attention.NAMES:
-            if not self.layout.causal:
-                attends, self.instead = "sdpa", "not every layer has full causal attention"
-            elif getattr(decoder.config, "attention_dropout", 0):
-                attends, self.instead = "sdpa", "it has dropout"
-            elif attends == tree_attention.VARLEN and not varlen_attention.supports_width(width):
-                attends, self.instead = tree_attention.CALLS, f"its heads are {width} wide"
-        self.attention = decoder.config._attn_implementation = attends
-        if self.attention not in IMPLEMENTATIONS.values():
-            raise ValueError(
-                f"the model attends by {self.attention!r}, which supports no forests. Load it with "
-                f"one of these as attn_implementation: {', '.join(IMPLEMENTATIONS.values())}."
-            )
+        # The reason is printed, since the attention then differs from the setting.
+        self.attention, self.instead = suitable(decoder, self.layout)
+        decoder.config._attn_implementation = self.attention
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
         self._train_vision = train_vision
         for parameter in self.frozen_parameters():
@@ -189,8 +175,6 @@ class ForestModel(nn.Module):
             ValueError: when no form of a batch gives the log-probs of a plain forward. The message
                 names what differs.
         """
-        if self.attention == "eager" and has_softcap(self.vlm.config):
-            yield "attention is eager: the model has a softcap, which sdpa lacks"
         if self.instead:
             yield f"attention is {self.attention}: {self.instead}"
         yield from start_check.run(self, example, store, device)

@@ -24,6 +24,15 @@ from realign.modeling.varlen_attention import Sequences
 CALLS, VARLEN = NAMES = "tree", "tree_varlen"
 """Values of `_attn_implementation` for attention by tree: several calls, or one operator."""
 
+_IGNORED = (
+    "position_ids",
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "use_cache",
+)
+"""Options of layers that do not change attention over a forest."""
+
 Trees = tuple[tuple[tuple[int, ...], ...], ...]
 """For each row its trees in order, each the lengths of its root and leaves."""
 
@@ -37,7 +46,7 @@ def forest_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # (R, heads, T, D)
     key: torch.Tensor,  # (R, groups, T, D)
-    value: torch.Tensor,  # (R, groups, T, D)
+    value: torch.Tensor,  # (R, groups, T, V)
     attention_mask: torch.Tensor | None,
     *,
     trees: Trees | None = None,
@@ -52,19 +61,27 @@ def forest_attention(
     over plain sequences, it calls transformers' `sdpa`.
 
     Returns:
-        The output, (R, T, heads, D), and None in place of attention weights.
+        The output, (R, T, heads, V), and None in place of attention weights.
 
     Raises:
         RuntimeError: when the model's layers got trees and did not pass them on.
+        ValueError: for an option that this attention does not compute, such as attention sinks.
     """
+    if trees is not None or sequences is not None:
+        _check_options(module, options)
     if sequences is not None:
-        # Under autocast RoPE returns query and key in fp32. The value keeps the autocast dtype.
+        # Under autocast RoPE returns query and key in fp32. The value keeps the autocast dtype. The
+        # kernels need equal widths, and zeros change neither scores nor the other columns.
+        width = max(query.shape[-1], value.shape[-1])
         rows = [
-            states.to(value.dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value)
+            F.pad(states.to(value.dtype), (0, width - states.shape[-1]))
+            .transpose(1, 2)
+            .flatten(0, 1)
+            for states in (query, key, value)
         ]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out, _ = varlen_attention.forest_attention(*rows, *sequences, scale)
-        return out.unflatten(0, (len(query), -1)), None
+        return out.unflatten(0, (len(query), -1))[..., : value.shape[-1]], None
     if trees is None:
         if attention_mask is not None and attention_mask.numel() == 1 < query.shape[2]:
             raise RuntimeError(
@@ -84,8 +101,20 @@ def forest_attention(
     return torch.cat(rows).transpose(1, 2), None
 
 
+def _check_options(module: torch.nn.Module, options: dict) -> None:
+    """Raise ValueError for an option that would be left out of the attention of a layer."""
+    for name, value in options.items():
+        default = name == "is_causal"  # the other flags are off by default
+        if name not in _IGNORED and value is not None and value is not default:
+            raise ValueError(
+                f"{type(module).__name__} passes {name} to its attention, which attention by tree "
+                "does not compute. Use --attention eager. Load a model for RDPOTrainer with "
+                'attn_implementation="eager".'
+            )
+
+
 def _row(query, key, value, trees, shared: dict) -> torch.Tensor:
-    """Attention over one row, (1, heads, T, D)."""
+    """Attention over one row, (1, heads, T, V)."""
     sizes = [size for root, first, *more in trees for size in (root + first, *more)]
     sizes.append(query.shape[2] - sum(sizes))
     # One split: its backward concatenates gradients. The backward of a slice pads to full length.
@@ -105,7 +134,7 @@ def _row(query, key, value, trees, shared: dict) -> torch.Tensor:
                     **shared | {"enable_gqa": False},
                 )
             )
-    out.append(torch.zeros_like(next(queries)))
+    out.append(query.new_zeros(1, query.shape[1], sizes[-1], value.shape[-1]))
     return torch.cat(out, 2)
 
 

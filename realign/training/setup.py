@@ -15,7 +15,7 @@ from realign import distributed
 from realign.config import LossConfig, TrainConfig
 from realign.data.ranks import first_on_machine
 from realign.data.record_table import open_table
-from realign.modeling import feature_cache, reference_logps
+from realign.modeling import feature_cache, lora_targets, reference_logps
 from realign.modeling.encode import encode_table, make_objective
 from realign.modeling.examples import Examples
 from realign.modeling.feature_cache import FeatureCache
@@ -201,6 +201,7 @@ def set_up(
     if settings.tune == "lora":
         torch.manual_seed(config.run.seed)
         adapter = add_lora(model.vlm, settings.lora_rank, settings.lora_alpha)
+        distributed.log_rank0(lora_targets.share(model.vlm))
     fsdp.place(model, config, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     rate, decay = config.optim.learning_rate, config.optim.weight_decay

@@ -103,3 +103,11 @@ REFUSED = {
         "writes a different prompt before its response",
     ),
 }
+
+GLM = (  # thoughts before every answer, and no end of a turn
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{{ '\\n' }}{% if m.role == 'assistant' %}"
+    "{% set parts = m.content.split('</think>') %}{% set thoughts = parts[0].split('<think>')[-1] "
+    "if parts | length > 1 and loop.last else '' %}<think>{{ thoughts.strip() }}</think>{{ '\\n' + "
+    "parts[-1].strip() }}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if "
+    "add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)

@@ -5,15 +5,18 @@ import math
 import datasets
 import pytest
 import torch
+from family_cases import made
 from hf_runs import LORA, config, history
 from huggingface_hub import ModelCard
+from moe_models import make_moe
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
-from realign.hf import RDPOTrainer
+from realign.hf import RDPOTrainer, adapters
 from realign.hf.records import records_of
+from realign.modeling import lora_targets
 from realign.modeling.loading import load_model, load_trained
 
 EQUAL = 2 * math.log(2)  # the loss of rdpo if policy and reference are equal
@@ -184,3 +187,60 @@ def test_transforms_of_a_data_set_are_applied(pairs_file):
     assert [r.chosen for r in loud] == [r.chosen.upper() for r in plain]
     with pytest.raises(ValueError, match="is a dictionary of .*train.*test.*Give one"):
         records_of(datasets.DatasetDict(train=rows, test=rows))
+
+
+EXPERTS = {
+    "r": 4,
+    "target_modules": r".*language_model.*\.(q|v)_proj",
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
+
+
+@pytest.mark.parametrize("way", ["peft_config", "PeftModel"])
+def test_adapters_on_fused_experts_train_and_resume(way, tmp_path, capsys):
+    """PEFT nests the layers of a module's two parameters."""
+    examples = made("qwen3_vl")[1]
+
+    def trainer(folder, **settings):
+        vlm, processor = make_moe("qwen3_vl_moe")
+        torch.manual_seed(3)
+        peft = LoraConfig(**EXPERTS)
+        model, peft = (vlm, peft) if way == "peft_config" else (get_peft_model(vlm, peft), None)
+        settings = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2} | settings
+        settings |= {"disable_tqdm": False, "per_device_train_batch_size": 2}
+        return RDPOTrainer(
+            model,
+            config(folder, **settings),
+            examples,
+            processing_class=processor,
+            peft_config=peft,
+        )
+
+    whole = trainer(tmp_path, max_steps=2)
+    whole.train()
+    line = "4 of 8 linear layers, 2 of 2 modules of fused experts; routers stay frozen"
+    assert line in capsys.readouterr().out
+    assert history(whole)[0] == pytest.approx(EQUAL, abs=1e-5)
+    resumed = trainer(tmp_path, max_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    trained = whole.adapter.state_dict()
+    learned = [n for n, v in trained.items() if "lora_B" in n and v.any()]
+    assert sum(".experts." in name for name in learned) == 4
+    assert all(torch.equal(v, trained[n]) for n, v in resumed.adapter.state_dict().items())
+    whole.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(make_moe("qwen3_vl_moe")[0], str(tmp_path / "saved"))
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+
+
+def test_targets_that_peft_changed_have_the_settings_of_their_checkpoint(tmp_path):
+    """PEFT replaces targets of glm4v_moe, and then holds a set until it is saved."""
+    vlm, _ = make_moe("glm4v_moe")
+    names = ["gate_proj", "up_proj", "down_proj", "q_proj"]
+    adapted = get_peft_model(vlm, LoraConfig(target_modules=names))
+    live = adapted.peft_config["default"]
+    assert isinstance(live.target_parameters, set)
+    for order in (sorted(live.target_parameters), sorted(live.target_parameters)[::-1]):
+        saved = LoraConfig(**live.to_dict() | {"target_parameters": order})
+        assert adapters.settings(saved) == adapters.settings(live)
+    assert lora_targets.share(vlm).count("2 of 14 linear layers") == 1

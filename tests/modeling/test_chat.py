@@ -2,15 +2,16 @@
 
 import itertools
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import trl
-from chat_templates import FINE, REFUSED
+from chat_templates import FINE, GLM, REFUSED
 from PIL import Image
 from tiny_processors import make_processor
 from tiny_tokenizers import byte_level, sentence_pieces
-from tiny_vlms import FAMILIES
+from tiny_vlms import FAMILIES, make
 from tokenizers import processors
 from transformers import LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -19,10 +20,14 @@ from realign.data.errors import Malformed
 from realign.data.records import Record, StoredImage
 from realign.modeling.chat import ChatTemplate, chat_prompt, text_inputs, tokens_behind
 from realign.modeling.encode import encode_records
-from realign.modeling.layouts import Layout
+from realign.modeling.layouts import Layout, layout_of
+from realign.modeling.loading import load_model
 from realign_kernels import objectives
 
-pytestmark = pytest.mark.filterwarnings("ignore:the chat template.s generation prompt")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the chat template.s generation prompt"),
+    pytest.mark.filterwarnings("ignore:the chat template ends responses with"),
+]
 SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 WITH_IMAGES = (  # one of each kind, since a template takes 0.1 s to compile
     *("gemma3", "gemma4", "idefics3", "lfm2_2_5_vl", "llava_next", "muse_glimmer", "qwen2_5_vl"),
@@ -204,8 +209,94 @@ def test_a_response_without_any_end_is_reported():
     tokenizer = byte_level(["a"], 300)
     tokenizer.eos_token = None
     chat = chat_of(tokenizer, FINE["no end"])
-    with pytest.warns(UserWarning, match="no eos_token: responses are scored without an end"):
+    with pytest.warns(UserWarning, match="nor the tokenizer name one. Responses are scored"):
         assert rendered(chat, (ASKED,), "red ")[1] == "red "
+
+
+def glm(tokenizer, ends):
+    """A template like GLM-4.5V's with end tokens, given as text."""
+    special = ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": special})
+    tokenizer.chat_template = GLM
+    return ChatTemplate(tokenizer, tokenizer.convert_tokens_to_ids(ends))
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+@pytest.mark.parametrize(
+    ("answer", "thoughts"),
+    [("red", "<think></think>\n"), (" red. ", "<think></think>\n"), ("<think>hm</think>\nred", "")],
+)
+def test_responses_of_glm_end_where_the_next_turn_begins(dialogue, answer, thoughts):
+    """GLM's generation settings name </s>, <|user|> and <|observation|>, and it writes no end."""
+    chat = glm(byte_level(["a"], 300), ["</s>", "<|user|>", "<|observation|>"])
+    prompt, scored = rendered(chat, dialogue, answer)
+    assert prompt.endswith("<|assistant|>\n")
+    assert scored == f"{thoughts}{answer.strip()}<|user|>"
+    # The model then reads its own end as the start of the next turn.
+    asked = [*dialogue, ("assistant", answer), ("user", "Why?")]
+    kept = "red" if "think" in answer else answer.strip()
+    whole = chat.prompt(messages_of(asked), 0).text
+    assert whole.endswith(f"</think>\n{kept}<|user|>\nWhy?<|assistant|>\n")
+
+
+def test_end_tokens_of_the_generation_settings():
+    """The eos_token if the model stops there, else another end token of the model."""
+    tokenizer = byte_level(["a"], 300)
+    for ends, expected in (
+        ([], "</s>"),
+        (["</s>"], "</s>"),
+        (["<|observation|>", "</s>"], "</s>"),
+        (["<|observation|>"], "<|observation|>"),
+        (["<|observation|>", "<|user|>"], "<|user|>"),
+    ):
+        assert rendered(glm(tokenizer, ends), (ASKED,), "red")[1].endswith(f"red{expected}")
+    tokenizer.chat_template = FINE["no end"]
+    for eos, expected in (("</s>", "</s>"), (None, "<|observation|>")):
+        tokenizer.eos_token = eos
+        ends = tokenizer.convert_tokens_to_ids(["<|observation|>", "</s>"])
+        assert rendered(ChatTemplate(tokenizer, ends), (ASKED,), "red")[1] == f"red{expected}"
+    beyond = ChatTemplate(tokenizer, [10_000])
+    with pytest.warns(UserWarning, match="neither the generation settings nor the tokenizer"):
+        assert rendered(beyond, (ASKED,), "red")[1] == "red"
+
+
+def test_an_end_that_is_no_special_token_is_reported_once():
+    tokenizer = byte_level(["a"], 300)
+    chat = chat_of(tokenizer, FINE["own end of turn"])
+    with pytest.warns(UserWarning, match="ends responses with '<.end.>', which holds no") as caught:
+        for answer in ("red", "blue"):
+            assert rendered(chat, (ASKED,), answer)[1] == f"{answer}<|end|>\n"
+    assert len(caught) == 1
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|end|>"]})
+    with warnings.catch_warnings(action="error"):
+        rendered(chat_of(tokenizer, FINE["own end of turn"]), (ASKED,), "red")
+
+
+def test_end_tokens_of_a_model_reach_its_responses(tmp_path):
+    """As with LLaVA-1.5, whose template writes no end: from the folder, also without weights."""
+    vlm, processor = make("llava")
+    processor.chat_template = FINE["no end"].replace(
+        "m.content", "(m.content if m.content is string else '<image>' + m.content[-1].text)"
+    )
+    end, pad = processor.tokenizer.bos_token_id, processor.tokenizer.pad_token_id
+    vlm.generation_config.eos_token_id = [end, pad]
+    vlm.save_pretrained(tmp_path)
+    stored = StoredImage.from_pil(Image.new("RGB", (28, 28)))
+    record = Record("a", (dict(role="user", content="what"),), "green", "blue", (stored,))
+    for meta in (False, True):
+        layout = layout_of(load_model(tmp_path, meta=meta))
+        assert layout.ends == (end, pad)
+        (example,), _ = encode_records(
+            [record],
+            processor,
+            objectives.dpo(),
+            layout=layout,
+            max_response_tokens=9,
+            max_tokens=99,
+            progress=False,
+        )
+        assert [leaf.ids[-1] for leaf in example.leaves] == [end, end]
+    assert layout_of(make("llava")[0]).ends == (processor.tokenizer.eos_token_id,)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,213 @@
+"""Targets of LoRA: linear layers and fused experts of a language model, and a check of them.
+
+PEFT adapts the 3-D weights of fused experts by `target_parameters`. Routers, embeddings and norms
+stay frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import peft
+from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+_LINEAR = (nn.Linear, Conv1D)
+_ROUTERS = {"gate", "router"}
+"""Names of modules that choose experts."""
+_ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+"""Settings with the number of experts that each token uses."""
+
+
+class Layer(NamedTuple):
+    """A module of a model, without the adapters around it.
+
+    Attributes:
+        name: its name in the model without adapters.
+        module: the module.
+        adapted: names of its parameters that adapters change.
+    """
+
+    name: str
+    module: nn.Module
+    adapted: frozenset[str]
+
+    @property
+    def fused(self) -> list[str]:
+        """Names of its own 3-D parameters, if the module is not one of torch."""
+        if type(self.module).__module__.startswith("torch."):
+            return []
+        return [name for name, p in self.module.named_parameters(recurse=False) if p.dim() == 3]
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether transformers calls it as fused experts, so that its forward reads its weights."""
+        return bool(self.fused) and hasattr(self.module, "is_transposed")
+
+    def is_router(self, experts: set[int]) -> bool:
+        """Whether it is a linear layer that chooses among a number of experts in `experts`."""
+        width = getattr(self.module, "out_features", None)
+        return width in experts and not _ROUTERS.isdisjoint(self.name.split("."))
+
+
+def layers_of(module: nn.Module, name: str = "") -> Iterator[Layer]:
+    """Yield all modules of a model with the names that they have without adapters."""
+    adapted = frozenset()
+    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        changed = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+        adapted |= {str(changed)}
+        inner = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
+        module = getattr(module, inner)
+    yield Layer(name, module, adapted)
+    for child_name, child in module.named_children():
+        yield from layers_of(child, f"{name}.{child_name}" if name else child_name)
+
+
+class Targets(NamedTuple):
+    """Layers of a language model that can have LoRA."""
+
+    linear: list[Layer]
+    experts: list[Layer]
+
+
+def targets_of(layers: list[Layer]) -> Targets:
+    """The linear layers except routers, and the modules with fused experts."""
+    experts = [layer for layer in layers if layer.is_experts]
+    counts = {len(layer.module.get_parameter(n)) for layer in experts for n in layer.fused}
+    linear = [
+        layer
+        for layer in layers
+        if isinstance(layer.module, _LINEAR) and not layer.is_router(counts)
+    ]
+    return Targets(linear, experts)
+
+
+def _language_model(model: PreTrainedModel) -> tuple[str, list[Layer]]:
+    """Name of the language model in a model, and the layers in it with their full names."""
+    language = model.model.get_decoder()
+    (prefix,) = (name for name, module in model.named_modules() if module is language)
+    return prefix, [layer for layer in layers_of(language, prefix) if layer.name != prefix]
+
+
+def config_for(model: PreTrainedModel, rank: int, alpha: float) -> LoraConfig:
+    """The configuration of LoRA on all linear layers and fused experts of the language model.
+
+    An expert's rank is `rank` divided by the number of experts that a token uses. A token then has
+    as many learned weights in experts as in a linear layer (thinkingmachines.ai/blog/lora). alpha /
+    rank is the same everywhere.
+    """
+    prefix, layers = _language_model(model)
+    linear, experts = targets_of(layers)
+    names = {layer.name for layer in linear}
+    parameters = [f"{layer.name}.{name}" for layer in experts for name in layer.fused]
+    config = model.config.get_text_config()
+    active = next((getattr(config, n) for n in _ACTIVE if getattr(config, n, None)), 1)
+    of_expert = max(1, rank // (max(active) if isinstance(active, list | tuple) else active))
+    patterns = {".".join(name.split(".")[-2:]) for name in parameters if of_expert != rank}
+    made = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT only multiplies by it
+        target_modules=sorted(names),
+        rank_pattern=dict.fromkeys(sorted(patterns), of_expert),
+        alpha_pattern=dict.fromkeys(sorted(patterns), alpha * of_expert / rank),
+        task_type="CAUSAL_LM",
+    )
+    if renamed := names - _kept_by_peft(made, model):
+        made.target_modules = sorted(names - renamed)
+        parameters += sorted(f"{name}.weight" for name in renamed)
+    else:
+        leaves = {name.rsplit(".", 1)[-1] for name in names}
+        pattern = rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(map(re.escape, leaves)))})"
+        others = [n for n, _ in model.named_modules() if n not in names]
+        made.target_modules = pattern
+        made.exclude_modules = [n for n in others if re.fullmatch(pattern, n)] or None
+    made.target_parameters = parameters or None
+    return made
+
+
+def _kept_by_peft(config: LoraConfig, model: PreTrainedModel) -> set[str]:
+    """Names of target modules that PEFT keeps.
+
+    In MoE types such as glm4v_moe it takes gate_proj, up_proj and down_proj for names of experts in
+    transformers 4, and replaces them by the fused experts.
+    """
+    tried = copy.deepcopy(config)
+    convert_peft_config_for_transformers(tried, model, None)
+    return set(tried.target_modules or ())
+
+
+def check(model: PreTrainedModel) -> None:
+    """Check that adapters are on all linear layers and fused experts, and nowhere else.
+
+    Raises:
+        ValueError: with the names of the layers, for a version of PEFT that chose others.
+    """
+    prefix, layers = _language_model(model)
+    linear, experts = targets_of(layers)
+    wanted = {(layer.name, "weight") for layer in linear}
+    wanted |= {(layer.name, name) for layer in experts for name in layer.fused}
+    found = {(layer.name, name) for layer in layers_of(model) for name in layer.adapted}
+    for problem, names in (("missing", wanted - found), ("on others", found - wanted)):
+        if names:
+            raise ValueError(
+                f"PEFT {peft.__version__} put LoRA on other layers of {model.config.model_type!r} "
+                f"than it was given: {problem} {', '.join(sorted(map('.'.join, names))[:5])}. "
+                "Train with --tune full, or report this type of model."
+            )
+
+
+def share(model: PreTrainedModel) -> str:
+    """A line with the share of a model's weights that adapters train.
+
+    Args:
+        model: the model of transformers, with adapters in it.
+    """
+    _, layers = _language_model(model)
+    linear, experts = targets_of(layers)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = [(_size(layer, n), n in layer.adapted) for layer in layers for n in _names(layer)]
+    whole = sum(size for size, _ in sizes)
+    part = sum(size for size, adapted in sizes if adapted) / whole
+    line = (
+        f"adapters train {learned / 1e6:.4g} M weights, on {part:.1%} of the language model's "
+        f"{whole / 1e6:.4g} M: {_count(linear)} linear layers"
+    )
+    if experts:
+        line += f", {_count(experts)} modules of fused experts; routers stay frozen"
+    if unknown := {type(m.module).__name__ for m in layers if m.fused and not m.is_experts}:
+        line += f"; 3-D weights of {', '.join(sorted(unknown))} have no adapter"
+    return line
+
+
+def _count(layers: list[Layer]) -> str:
+    return f"{sum(bool(layer.adapted) for layer in layers)} of {len(layers)}"
+
+
+def _names(layer: Layer) -> list[str]:
+    return [name for name, _ in layer.module.named_parameters(recurse=False)]
+
+
+def _size(layer: Layer, name: str) -> int:
+    """Numbers in a parameter. bitsandbytes packs those of a linear layer."""
+    if isinstance(layer.module, nn.Linear) and name == "weight":
+        return layer.module.in_features * layer.module.out_features
+    return layer.module.get_parameter(name).numel()
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Ignore PEFT's warning of patterns for parameters: it looks for modules of these names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        yield
