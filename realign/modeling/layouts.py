@@ -28,11 +28,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 TESTED = {
     "aria", "deepseek_vl", "deepseek_vl_hybrid", "ernie4_5_vl_moe", "gemma3", "gemma4",
-    "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "idefics2", "idefics3", "internvl", "janus", "kimi_k25",
-    "lfm2_vl", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpmv4_6",
-    "minicpmv4_7", "mistral3", "molmo2", "ovis2", "paddleocr_vl", "paligemma", "perception_lm",
-    "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
-    "video_llama_3", "video_llava", "vipllava",
+    "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "idefics2", "idefics3", "internvl",
+    "janus", "kimi_k25", "lfm2_vl", "llava", "llava_next", "llava_next_video", "llava_onevision",
+    "minicpmv4_6", "minicpmv4_7", "mistral3", "molmo2", "ovis2", "paddleocr_vl", "paligemma",
+    "perception_lm", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
+    "smolvlm", "video_llama_3", "video_llava", "vipllava",
 }  # fmt: skip
 """Model types that tests compare with plain forwards (docs/families.md)."""
 
