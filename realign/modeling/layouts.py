@@ -7,12 +7,13 @@ and `attention.forest_mask` formats the mask for an attention implementation.
 To add a family:
 
 1. Run `python -m realign.cache fill --model MODEL --pairs FILE`. `ForestModel.check_forest`
-   compares the forest of the first record with separate forwards. If the printed difference is
-   rounding, no code is needed.
+   compares forests with plain forwards, and names the part that differs. If it passes, no code is
+   needed.
 2. If tokens see each other both ways, add the model type to `_BOTH_WAYS`. `layout_of` takes
    positions, windows and kinds of layers from the model's configuration and code.
-3. Add a tiny model to tests/helpers/tiny_vlms.py, its processor to tiny_processors.py, and the
-   model type to `TESTED`. tests/modeling/test_families.py compares it with plain transformers.
+3. Add a tiny model to tests/helpers/tiny_more.py, its processor to tiny_more_processors.py, and the
+   model type to `TESTED`. tests/modeling/test_families.py compares it with plain transformers. If
+   its tower cannot take several images in one call, add the type to `ONE_BY_ONE`.
 """
 
 from __future__ import annotations

@@ -204,6 +204,8 @@ def set_up(
         distributed.log_rank0(lora_targets.share(model.vlm))
     fsdp.place(model, config, device)
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter of the model is trained. Train with --lora-rank above 0.")
     rate, decay = config.optim.learning_rate, config.optim.weight_decay
     return Run(
         config=config,
