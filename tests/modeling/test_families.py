@@ -159,7 +159,9 @@ def lora_gradients_are_the_same(family):
     found = gradients(vlm)
     vlm.zero_grad()
     true_loss(truth(vlm, family, examples), targets).backward()
-    assert assert_same_gradients(found, gradients(vlm)) == len(trained)
+    # Tokens of an image influence no response after the last layer, whose experts for them rest.
+    resting = [name for name in found if ".layers.1.mlp.vision_moe." in name]
+    assert assert_same_gradients(found, gradients(vlm)) == len(trained) - len(resting)
     return "yes, with experts" if any(".experts." in name for name in found) else "yes"
 
 
