@@ -106,7 +106,7 @@ def suitable(decoder: PreTrainedModel, layout: Layout) -> tuple[str, str | None]
         ValueError: for an implementation that supports no forests.
     """
     config = decoder.config
-    attends, width = str(config._attn_implementation), _width(config)
+    attends = str(config._attn_implementation)
     if attends not in IMPLEMENTATIONS.values():
         raise ValueError(
             f"the model attends by {attends!r}, which supports no forests. Load it with one of "
@@ -121,8 +121,11 @@ def suitable(decoder: PreTrainedModel, layout: Layout) -> tuple[str, str | None]
         return "sdpa", "not every layer has full causal attention"
     if getattr(config, "attention_dropout", 0):
         return "sdpa", "it has dropout"
-    if attends == tree_attention.VARLEN and not varlen_attention.supports_width(width):
-        return tree_attention.CALLS, f"its heads are {width} wide"
+    if attends == tree_attention.VARLEN:
+        layers = config.per_layer_config if config.is_heterogeneous else [config]
+        width = max(map(_width, layers))
+        if not varlen_attention.supports_width(width):
+            return tree_attention.CALLS, f"its heads are {width} wide"
     return attends, None
 
 

@@ -252,6 +252,7 @@ class Unknown(nn.Module):
 def test_routers_and_unknown_weights_stay_frozen_and_a_wrong_wrapping_is_an_error(monkeypatch):
     vlm, _ = make_moe("qwen3_vl_moe")
     first, second = vlm.model.language_model.layers
+    vlm.model.language_model.per_layer_projection = nn.Linear(32, 32)  # Gemma 4, beside its layers
     first.router = nn.Module()
     first.router.proj = nn.Linear(32, 4)  # Gemma 4's router is linear
     second.gate = nn.Linear(32, 32)  # not as wide as there are experts
@@ -259,7 +260,7 @@ def test_routers_and_unknown_weights_stay_frozen_and_a_wrong_wrapping_is_an_erro
     add_lora(vlm, RANK, ALPHA)
     assert type(first.router.proj) is nn.Linear and type(second.gate) is not nn.Linear
     line = lora_targets.share(vlm)
-    assert line.endswith("9 of 9 linear layers, 2 of 2 modules of fused experts; routers stay "
+    assert line.endswith("10 of 10 linear layers, 2 of 2 modules of fused experts; routers stay "
                          "frozen; 3-D weights of Unknown have no adapter")  # fmt: skip
     chosen = lora_targets.config_for
     for field, value, problem in (
