@@ -122,8 +122,7 @@ def suitable(decoder: PreTrainedModel, layout: Layout) -> tuple[str, str | None]
     if getattr(config, "attention_dropout", 0):
         return "sdpa", "it has dropout"
     if attends == tree_attention.VARLEN:
-        layers = config.per_layer_config if config.is_heterogeneous else [config]
-        width = max(map(_width, layers))
+        width = head_width(config)
         if not varlen_attention.supports_width(width):
             return tree_attention.CALLS, f"its heads are {width} wide"
     return attends, None
@@ -131,12 +130,6 @@ def suitable(decoder: PreTrainedModel, layout: Layout) -> tuple[str, str | None]
 
 def _supports_sdpa(model_class: object) -> bool:
     return getattr(model_class, "_supports_sdpa", True)
-
-
-def _width(text: PreTrainedConfig) -> int:
-    """Largest width of queries, keys and values. They differ in multi-head latent attention."""
-    parts = [getattr(text, f"qk_{part}_head_dim", None) or 0 for part in ("nope", "rope")]
-    return max(sum(parts) or head_width(text), getattr(text, "v_head_dim", None) or 0)
 
 
 def row_budget(implementation: str, examples: Sequence[Example]) -> int:
