@@ -106,7 +106,7 @@ def suitable(decoder: PreTrainedModel, layout: Layout) -> tuple[str, str | None]
         ValueError: for an implementation that supports no forests.
     """
     config = decoder.config
-    attends, width = str(config._attn_implementation), _width(config)
+    attends = str(config._attn_implementation)
     if attends not in IMPLEMENTATIONS.values():
         raise ValueError(
             f"the model attends by {attends!r}, which supports no forests. Load it with one of "
@@ -121,19 +121,15 @@ def suitable(decoder: PreTrainedModel, layout: Layout) -> tuple[str, str | None]
         return "sdpa", "not every layer has full causal attention"
     if getattr(config, "attention_dropout", 0):
         return "sdpa", "it has dropout"
-    if attends == tree_attention.VARLEN and not varlen_attention.supports_width(width):
-        return tree_attention.CALLS, f"its heads are {width} wide"
+    if attends == tree_attention.VARLEN:
+        width = head_width(config)
+        if not varlen_attention.supports_width(width):
+            return tree_attention.CALLS, f"its heads are {width} wide"
     return attends, None
 
 
 def _supports_sdpa(model_class: object) -> bool:
     return getattr(model_class, "_supports_sdpa", True)
-
-
-def _width(text: PreTrainedConfig) -> int:
-    """Largest width of queries, keys and values. They differ in multi-head latent attention."""
-    parts = [getattr(text, f"qk_{part}_head_dim", None) or 0 for part in ("nope", "rope")]
-    return max(sum(parts) or head_width(text), getattr(text, "v_head_dim", None) or 0)
 
 
 def row_budget(implementation: str, examples: Sequence[Example]) -> int:

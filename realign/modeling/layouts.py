@@ -262,12 +262,16 @@ def parameters(model: nn.Module | None, method: str) -> frozenset[str]:
 
 
 def head_width(text: PreTrainedConfig) -> int:
-    """Width of the widest attention head of a language model, whose layers may differ."""
-    layers = getattr(text, "per_layer_config", None) or [text]
-    return max(
-        getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-        for layer in layers
-    )
+    """Largest width of queries, keys and values of a language model.
+
+    Layers differ in Gemma 4, and values are narrower than keys in DeepSeek V3.
+    """
+    widths = []
+    for layer in getattr(text, "per_layer_config", None) or [text]:
+        parts = [getattr(layer, f"qk_{part}_head_dim", None) or 0 for part in ("nope", "rope")]
+        own = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        widths += [sum(parts) or own, getattr(layer, "v_head_dim", None) or 0]
+    return max(widths)
 
 
 def _ends(vlm: PreTrainedModel) -> tuple[int, ...]:

@@ -128,7 +128,7 @@ def config_for(model: PreTrainedModel, rank: int, alpha: float) -> LoraConfig:
         parameters += sorted(f"{name}.weight" for name in renamed)
     else:
         leaves = {name.rsplit(".", 1)[-1] for name in names}
-        pattern = rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(map(re.escape, leaves)))})"
+        pattern = rf"{re.escape(prefix)}\.(?:.*\.)?({'|'.join(sorted(map(re.escape, leaves)))})"
         others = [n for n, _ in model.named_modules() if n not in names]
         made.target_modules = pattern
         made.exclude_modules = [n for n in others if re.fullmatch(pattern, n)] or None

@@ -8,8 +8,8 @@ import torch
 from family_cases import made
 from hf_runs import LORA, config, history
 from huggingface_hub import ModelCard
-from moe_models import make_moe
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_vlms import make
 from transformers import AutoModelForImageTextToText
 
 from realign.data.records import read_pairs
@@ -199,10 +199,10 @@ EXPERTS = {
 @pytest.mark.parametrize("way", ["peft_config", "PeftModel"])
 def test_adapters_on_fused_experts_train_and_resume(way, tmp_path, capsys):
     """PEFT nests the layers of a module's two parameters."""
-    examples = made("qwen3_vl")[1]
+    examples = made("qwen3_vl_moe")[1]
 
     def trainer(folder, **settings):
-        vlm, processor = make_moe("qwen3_vl_moe")
+        vlm, processor = make("qwen3_vl_moe")
         torch.manual_seed(3)
         peft = LoraConfig(**EXPERTS)
         model, peft = (vlm, peft) if way == "peft_config" else (get_peft_model(vlm, peft), None)
@@ -228,14 +228,14 @@ def test_adapters_on_fused_experts_train_and_resume(way, tmp_path, capsys):
     assert sum(".experts." in name for name in learned) == 4
     assert all(torch.equal(v, trained[n]) for n, v in resumed.adapter.state_dict().items())
     whole.save_model(str(tmp_path / "saved"))
-    loaded = PeftModel.from_pretrained(make_moe("qwen3_vl_moe")[0], str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(make("qwen3_vl_moe")[0], str(tmp_path / "saved"))
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, trained[name]), name
 
 
 def test_targets_that_peft_changed_have_the_settings_of_their_checkpoint(tmp_path):
     """PEFT replaces targets of glm4v_moe, and then holds a set until it is saved."""
-    vlm, _ = make_moe("glm4v_moe")
+    vlm, _ = make("glm4v_moe")
     names = ["gate_proj", "up_proj", "down_proj", "q_proj"]
     adapted = get_peft_model(vlm, LoraConfig(target_modules=names))
     live = adapted.peft_config["default"]

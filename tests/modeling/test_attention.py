@@ -13,7 +13,6 @@ from family_cases import (
     true_loss,
     truth,
 )
-from moe_models import make_moe
 from tiny_vlms import make
 from transformers import GotOcr2Config
 
@@ -21,20 +20,21 @@ from realign.modeling import attention, tree_attention
 from realign.modeling.forest import build_batch
 from realign.modeling.model import ForestModel
 
-SINKS, LATENT = "internvl-gpt_oss", "llava-deepseek_v3"
+SINKS, LATENT = "internvl-gpt_oss", "kimi_k25"
 
 
 def assert_is_the_truth(name, kind):
     """Log-probs and gradients of forests equal those of plain forwards by eager attention."""
-    vlm, _ = make_moe(name, kind)
-    family, model = name.split("-")[0], ForestModel(vlm)
-    examples, store = encoded(family, model)
+    named = {"": "sdpa", "text_config": attention.IMPLEMENTATIONS[kind]}
+    vlm, _ = make(name, attention=named)
+    model = ForestModel(vlm)
+    examples, store = encoded(name, model)
     loss, targets = forest_loss(model, examples, store)
     found = gradients(vlm)
     vlm.zero_grad()
-    plain, _ = make_moe(name, "eager")
+    plain, _ = make(name, attention="eager")
     ForestModel(plain)  # freezes the same weights
-    logps = truth(plain, family, examples)
+    logps = truth(plain, name, examples)
     true = true_loss(logps, targets)
     true.backward()
     assert loss.item() == pytest.approx(true.item(), rel=1e-5)
@@ -45,7 +45,7 @@ def assert_is_the_truth(name, kind):
     return model, lines(model, examples, store)
 
 
-@pytest.mark.parametrize("kind", ["tree", "sdpa"])
+@pytest.mark.parametrize("kind", ["tree", "flash"])
 def test_attention_sinks_are_computed_by_eager_attention(kind):
     model, printed = assert_is_the_truth(SINKS, kind)
     assert model.attention == "eager"
@@ -54,7 +54,7 @@ def test_attention_sinks_are_computed_by_eager_attention(kind):
 
 @pytest.mark.parametrize("chosen", ["sdpa", "tree", "tree_varlen"])
 def test_a_loaded_model_with_sinks_is_set_to_eager(chosen):
-    vlm, _ = make_moe(SINKS)
+    vlm, _ = make(SINKS)
     vlm.model.get_decoder().config._attn_implementation = chosen
     assert ForestModel(vlm).attention == "eager"
     assert vlm.model.get_decoder().config._attn_implementation == "eager"
@@ -68,7 +68,7 @@ def test_values_narrower_than_keys(kind):
 
 
 def test_heads_of_latent_attention_are_as_wide_as_both_parts_of_a_key():
-    vlm, _ = make_moe(LATENT, "flash")
+    vlm, _ = make(LATENT, attention="flash")
     config = vlm.model.get_decoder().config
     config.qk_nope_head_dim, config.qk_rope_head_dim = 256, 8
     assert ForestModel(vlm).instead == "its heads are 264 wide"
@@ -107,7 +107,7 @@ def test_a_layer_that_passes_an_unknown_option_stops_the_first_forward(monkeypat
 
 
 def test_models_are_loaded_with_an_implementation_that_their_classes_support():
-    sinks, plain = (make_moe(name)[0].config for name in (SINKS, LATENT))
+    sinks, plain = (make(name)[0].config for name in (SINKS, LATENT))
     for kind in ("tree", "flash", "sdpa", "eager"):
         assert attention.implementations(sinks, kind) == {"": "sdpa", "text_config": "eager"}
         name = attention.IMPLEMENTATIONS[kind]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from family_cases import made
 from forked_ranks import run_command, run_ranks
-from moe_models import NAMES, make_moe
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import assert_same_run, curve, weights
+from tiny_vlms import _llava, _text, make
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.integrations import moe
 
 from realign import export
@@ -23,7 +23,11 @@ from realign.modeling.loading import adapters_off, add_lora, load_model, load_tr
 from realign.train import train
 
 RANK, ALPHA, ACTIVE = 8, 24, 2
-IDS = torch.randint(1, 20, (2, 12), generator=torch.Generator().manual_seed(0))
+NAMES = (
+    "qwen3_vl_moe", "qwen3_5_moe", "internvl-qwen3_moe", "internvl-gpt_oss", "glm4v_moe",
+    "gemma4-moe", "kimi_k25", "ernie4_5_vl_moe", "aria",
+)  # fmt: skip
+IDS = torch.randint(20, 30, (2, 12), generator=torch.Generator().manual_seed(0))
 FUSED = ("gate_up_proj", "down_proj")
 
 
@@ -84,7 +88,7 @@ def score(vlm, ids):
 @pytest.mark.parametrize("name", NAMES)
 def test_lora_is_on_every_linear_layer_and_expert_and_exact(name, ours, monkeypatch):
     """Outputs and gradients equal those of weights that are merged by hand, in fp64."""
-    vlm, _ = make_moe(name, "eager")
+    vlm, _ = make(name, attention="eager")
     # torch has grouped products in fp32 and lower only.
     monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
     plain = copy.deepcopy(vlm.double())
@@ -96,7 +100,8 @@ def test_lora_is_on_every_linear_layer_and_expert_and_exact(name, ours, monkeypa
     )
     if not ours:
         monkeypatch.setattr(lora_experts, "_factors", lambda *_: None)
-    linear = {n for n, m in vlm.model.get_decoder().named_modules() if isinstance(m, nn.Linear)}
+    modules = vlm.model.get_decoder().named_modules()  # Gemma 4's routers are linear
+    linear = {n for n, m in modules if isinstance(m, nn.Linear) and "router" not in n}
     fused = [n for n, _ in vlm.model.get_decoder().named_parameters() if n.endswith(FUSED)]
     adapted = add_lora(vlm, RANK, ALPHA)
     before = score(plain, IDS)
@@ -140,7 +145,7 @@ def test_no_sum_of_weights_is_kept_for_the_backward(monkeypatch):
     """PEFT keeps one per parameter of fused experts."""
     kept = []
     for way in ("factors", "peft"):
-        vlm, _ = make_moe("qwen3_vl_moe")
+        vlm, _ = make("qwen3_vl_moe")
         add_lora(vlm, RANK, ALPHA)
         weights = {p.data_ptr() for p in vlm.parameters()}
         sizes = {
@@ -171,7 +176,7 @@ def test_experts_in_low_precision_err_like_pefts(dtype, monkeypatch):
     weights, index = torch.rand(40, 4, generator=generator).topk(2)
     upstream = torch.randn(40, 32, generator=generator)
     for way, kind in (("true", torch.float64), ("factors", dtype), ("peft", dtype)):
-        vlm, _ = make_moe("internvl-gpt_oss")
+        vlm, _ = make("internvl-gpt_oss")
         experts = randomized(add_lora(vlm, RANK, ALPHA)).base_model.model.model.language_model
         experts = experts.layers[0].mlp.experts.to(dtype).to(kind)
         with monkeypatch.context() as patch:
@@ -196,7 +201,7 @@ def test_experts_in_low_precision_err_like_pefts(dtype, monkeypatch):
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe", "internvl-gpt_oss"])
 def test_adapters_on_experts_are_saved_read_merged_and_switched_off(name, tmp_path):
     """Stock PEFT reads them too, also where it renames targets (glm4v_moe)."""
-    vlm, _ = make_moe(name)
+    vlm, _ = make(name)
     vlm.save_pretrained(tmp_path / "base")
     vlm = load_model(tmp_path / "base")
     base = score(vlm, IDS)
@@ -217,7 +222,7 @@ def test_adapters_on_experts_are_saved_read_merged_and_switched_off(name, tmp_pa
 
 
 def test_the_line_names_the_share_that_learns():
-    vlm, _ = make_moe("glm4v_moe")
+    vlm, _ = make("glm4v_moe")
     language = vlm.model.language_model
     whole = sum(p.numel() for p in language.parameters())
     add_lora(vlm, RANK, ALPHA)
@@ -233,7 +238,7 @@ def test_the_line_names_the_share_that_learns():
         f"model's {whole / 1e6:.4g} M: 14 of 14 linear layers, 1 of 1 modules of fused experts; "
         "routers stay frozen"
     )
-    vlm, _ = make_moe("qwen3_vl_moe")
+    vlm, _ = make("qwen3_vl_moe")
     get_peft_model(vlm, LoraConfig(target_modules=r".*language_model.*\.(q|v)_proj"))
     assert ": 4 of 8 linear layers, 0 of 2 modules of fused experts" in lora_targets.share(vlm)
 
@@ -250,8 +255,9 @@ class Unknown(nn.Module):
 
 
 def test_routers_and_unknown_weights_stay_frozen_and_a_wrong_wrapping_is_an_error(monkeypatch):
-    vlm, _ = make_moe("qwen3_vl_moe")
+    vlm, _ = make("qwen3_vl_moe")
     first, second = vlm.model.language_model.layers
+    vlm.model.language_model.per_layer_projection = nn.Linear(32, 32)  # Gemma 4, beside its layers
     first.router = nn.Module()
     first.router.proj = nn.Linear(32, 4)  # Gemma 4's router is linear
     second.gate = nn.Linear(32, 32)  # not as wide as there are experts
@@ -259,7 +265,7 @@ def test_routers_and_unknown_weights_stay_frozen_and_a_wrong_wrapping_is_an_erro
     add_lora(vlm, RANK, ALPHA)
     assert type(first.router.proj) is nn.Linear and type(second.gate) is not nn.Linear
     line = lora_targets.share(vlm)
-    assert line.endswith("9 of 9 linear layers, 2 of 2 modules of fused experts; routers stay "
+    assert line.endswith("10 of 10 linear layers, 2 of 2 modules of fused experts; routers stay "
                          "frozen; 3-D weights of Unknown have no adapter")  # fmt: skip
     chosen = lora_targets.config_for
     for field, value, problem in (
@@ -267,7 +273,7 @@ def test_routers_and_unknown_weights_stay_frozen_and_a_wrong_wrapping_is_an_erro
         ("target_modules", r".*\.(\w+_proj|qkv)", "on others model.visual.*qkv.weight"),
         ("target_parameters", ["experts.down_proj"], "missing .*experts.gate_up_proj"),
     ):
-        vlm, _ = make_moe("qwen3_vl_moe")
+        vlm, _ = make("qwen3_vl_moe")
 
         def changed(*given, field=field, value=value):
             config = chosen(*given)
@@ -289,7 +295,12 @@ def words(folder, output, *more):
 
 
 def test_two_ranks_train_the_same_experts(tmp_path):
-    vlm, processor = make_moe("llava-mixtral")
+    processor = made("llava")[0]  # other processors need torchvision in the ranks
+    mixtral = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    text = _text(processor, model_type="mixtral", **mixtral)
+    config = AutoConfig.for_model("llava", **_llava(processor) | {"text_config": text})
+    torch.manual_seed(0)
+    vlm = AutoModelForImageTextToText.from_config(config)
     vlm.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     write_pairs(tmp_path / "pairs.parquet", made("llava")[1])
@@ -303,10 +314,10 @@ def test_two_ranks_train_the_same_experts(tmp_path):
 
 @pytest.mark.parametrize("way", [(), ("--fsdp", "--activation-checkpointing")], ids=["one", "fsdp"])
 def test_training_resumes_and_exports_with_experts(way, tmp_path, capsys):
-    vlm, processor = make_moe("qwen3_vl_moe")
+    vlm, processor = make("qwen3_vl_moe")
     vlm.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
-    write_pairs(tmp_path / "pairs.parquet", made("qwen3_vl")[1])
+    write_pairs(tmp_path / "pairs.parquet", made("qwen3_vl_moe")[1])
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(parse(words(tmp_path, whole, *way)))
     shown = capsys.readouterr().out
