@@ -6,6 +6,7 @@ of the same name with dashes (`learning_rate` -> `--learning-rate`). Flags overr
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from realign_kernels import objectives
 
 TUNED = ("lora", "full")
 DTYPES = ("auto", "fp32", "bf16")
+QUANTIZE = ("4bit", "8bit")
 ATTENTIONS = ("auto", "tree", "flash", "sdpa", "eager", "flex")
 
 HEADINGS = {
@@ -34,6 +36,7 @@ METAVARS = {
     "tune": TUNED,
     "dtype": DTYPES,
     "attention": ATTENTIONS,
+    "quantize": QUANTIZE,
     "lora_alpha": "SCALE",
     "pairs": "PATH",
     "objective": "NAME",
@@ -70,6 +73,10 @@ class ModelConfig:
     dtype: str = "auto"
     """Compute dtype, 'fp32' or 'bf16'. 'auto' is bf16 on CUDA and fp32 on a CPU. Trained weights
     are kept in fp32 either way."""
+    quantize: str | None = None
+    """Store the linear layers of the language model in 4 bits (NF4) or 8 bits by bitsandbytes, with
+    --tune lora on one GPU or CPU. Head, norms and vision tower are not quantized. The adapter is
+    merged into the model without quantization."""
     attention: str = "auto"
     """Attention of the language model. 'tree' computes each tree without a mask, and uses torch's
     flash kernel on CUDA in bf16. Models with windows, two-way blocks or dropout get 'sdpa' instead,
@@ -81,6 +88,11 @@ class ModelConfig:
         _one_of("tune", self.tune, TUNED)
         self.dtype = resolve_dtype(self.dtype)
         _one_of("attention", self.attention, ATTENTIONS)
+        if self.quantize and self.tune == "full":
+            raise ValueError(
+                "--quantize rounds weights that stay frozen, and --tune full trains them. Leave it "
+                "out, or use --tune lora."
+            )
         if self.attention == "flash" and self.dtype == "fp32":
             raise ValueError(
                 "attention is 'flash', which computes in half precision only, and --dtype is "
@@ -273,6 +285,13 @@ class TrainConfig:
                 "--cache-vision keeps image features for the whole run, and --tune full trains "
                 "the layers that compute them. Leave it out, or use --tune lora."
             )
+        if self.model.quantize and self.scale.compile:
+            raise ValueError(
+                "--compile cannot trace the layers that --quantize stores in few bits. Leave one "
+                "of them out."
+            )
+        sharded = self.scale.fsdp or self.scale.cpu_offload
+        check_quantize(self.model.quantize, sharded=sharded)
         if self.model.attention == "auto":
             self.model.attention = "tree"
         if self.optim.learning_rate == 0:
@@ -321,6 +340,27 @@ def resolve_dtype(dtype: str) -> str:
     """
     _one_of("dtype", dtype, DTYPES)
     return ("bf16" if torch.cuda.is_available() else "fp32") if dtype == "auto" else dtype
+
+
+def check_quantize(method: str | None, *, sharded: bool) -> None:
+    """Check the setting `quantize` of a command.
+
+    Raises:
+        ValueError: for another method, with FSDP2, and without bitsandbytes.
+    """
+    if method is None:
+        return
+    _one_of("--quantize", method, QUANTIZE)
+    if sharded:
+        raise ValueError(
+            "--quantize works in one process, since --fsdp and --cpu-offload cannot shard or move "
+            "quantized weights. Leave out one of them."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "--quantize needs bitsandbytes, which is not installed. Run "
+            "`pip install 'realign[quantize]'`."
+        )
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -132,6 +132,8 @@ def export(run: Run) -> Path:
         merged=config.run.merge,
         card=card,
     )
+    if config.model.quantize and config.run.merge:
+        distributed.log_rank0("the adapter was merged into the base without quantization")
     distributed.log_rank0(f"wrote {folder} (model), {log} (curves)")
     return folder
 

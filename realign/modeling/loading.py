@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from realign.data.errors import short_error
 from realign.distributed import disable_cudnn_attention
-from realign.modeling import lora
+from realign.modeling import lora, quantized
 from realign.modeling.attention import IMPLEMENTATIONS
 from realign.modeling.layouts import has_softcap
 from realign.modeling.limits import TooLarge, limited
@@ -63,6 +63,7 @@ def load_model(
     attention: str = "tree",
     *,
     meta: bool = False,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """Load a vision-language model from a folder or Hub name. Adapters are merged into their base.
 
@@ -73,9 +74,11 @@ def load_model(
             model whose attention has a softcap, eager replaces sdpa, tree and flash.
         meta: build the model without weights, on the meta device. `fsdp.shard` later sends the
             weights of rank 0.
+        quantize: '4bit' or '8bit': quantize the language model while it is loaded, on the
+            current GPU if there is one. The model on the meta device is never quantized.
 
     Raises:
-        ValueError: for a text-only model.
+        ValueError: for a text-only model, and for an adapter whose base would be quantized.
     """
     disable_cudnn_attention()
     config, auto = _vision_config(path), AutoModelForImageTextToText
@@ -87,7 +90,19 @@ def load_model(
         with torch.device("meta"), limited(size, meta=True):
             return auto.from_config(config, dtype=dtype, attn_implementation=kinds)
     options: dict[str, Any] = {"attn_implementation": kinds}
-    if (base := adapter_base(path)) is None:
+    base = adapter_base(path)
+    if quantize:
+        if base is not None:
+            raise ValueError(
+                f"{path} is an adapter, and merging it needs the weights that --quantize rounds. "
+                f"Merge it (python -m realign.export --model {path}), and pass the merged folder."
+            )
+        plain = load_model(path, dtype, attention, meta=True)
+        options["quantization_config"] = quantized.settings(quantize, dtype, plain)
+        vlm = from_pretrained(auto, path, dtype=dtype, **options)
+        quantized.use(vlm)
+        return vlm
+    if base is None:
         return from_pretrained(auto, path, dtype=dtype, **options)
     wide = from_pretrained(auto, base, adapter=path, dtype=torch.float32, **options)
     return cast(merge(put_on(wide, path)), dtype)
@@ -111,6 +126,22 @@ def load_trained(
     model = from_pretrained(auto, base, adapter=path, dtype=dtype)
     put_on(model, path)
     return model.eval()
+
+
+def check_unquantized(path: str | Path, quantize: str | None) -> None:
+    """Check that the stored weights of a model can be trained, and quantized if asked.
+
+    Raises:
+        ValueError: for weights that are stored quantized. MXFP4 is read, but not quantized again.
+    """
+    stored = getattr(_vision_config(path), "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if method and (quantize or method != "mxfp4"):
+        raise ValueError(
+            f"the weights of {path} are stored quantized ({getattr(method, 'value', method)}), "
+            "and training needs the original weights to merge the adapter into. Pass the original "
+            "model. --quantize 4bit quantizes it while it is loaded."
+        )
 
 
 def _vision_config(path: str | Path):
@@ -151,7 +182,10 @@ def from_pretrained(
         checked = True
         if commit is not None:  # the Hub may change between the check and the load
             options["revision"] = commit
-        with limited(lambda: most_numbers(path, commit), meta=True) if model else nullcontext():
+        # bitsandbytes' layers register each weight twice more.
+        times = 2 if "quantization_config" in options else 1
+        size = partial(most_numbers, path, commit)
+        with limited(lambda: times * size(), meta=True) if model else nullcontext():
             return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except ImportError as error:  # such as torchvision, which Qwen's processors need
         needs = " ".join(str(error).split())

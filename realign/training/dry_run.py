@@ -20,7 +20,7 @@ import torch
 
 from realign import distributed
 from realign.config import TrainConfig
-from realign.modeling import attention, reference_logps
+from realign.modeling import attention, quantized, reference_logps
 from realign.modeling.attention import row_budget
 from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
@@ -106,11 +106,18 @@ class Plan:
         self.model, self.objective = inputs.model, inputs.objective
         self.examples, self.store, self.vlm = inputs.examples, inputs.store, inputs.model.vlm
         self.description = reference_logps.description(
-            self.vlm, inputs.processor, self.dtype, self.device, config.scale.kernels
+            self.vlm,
+            inputs.processor,
+            self.dtype,
+            self.device,
+            config.scale.kernels,
+            config.model.quantize,
         )
         self.per_image_token = self._per_image_token()
         self.forward_cost = cost_of(self.model, self.per_image_token, backward=False)
         self.parameters = sum(p.numel() for p in self.vlm.parameters())
+        layers = quantized.linears(self.vlm) if config.model.quantize else []
+        self.quantized = [layer.get_parameter("weight") for layer in layers]
         if self.lora:
             add_lora(self.vlm, config.model.lora_rank, config.model.lora_alpha)
         fsdp.wrap_layers(
@@ -177,13 +184,17 @@ class Plan:
         """Rows for objective, model and trained parameters."""
         settings, kind = self.config.model, self.vlm.config
         how = f"LoRA of rank {settings.lora_rank} on the language model" if self.lora else "full"
+        stored = settings.dtype
+        if settings.quantize:
+            stored = f"{sum(w.numel() for w in self.quantized):,} of them in {settings.quantize}, "
+            stored += f"the rest in {settings.dtype}"
         everything = sum(p.numel() for p in self.model.parameters())
         separate = self.model.layout.separate
         sharing = "shared prompts" if separate is None else f"a prompt per response: {separate}"
         return {
             "objective": f"{self.objective.name}, {len(self.objective.leaves)} leaves",
             "model": f"{self.base}: {kind.model_type}, {self.parameters:,} parameters, "
-            f"{settings.dtype}, {self.model.attention} attention, {sharing}",
+            f"{stored}, {self.model.attention} attention, {sharing}",
             "trains": f"{how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
         }
 
@@ -251,6 +262,11 @@ class Plan:
         stored = sum(
             p.numel() * (4 if p.requires_grad else p.itemsize) for p in self.model.parameters()
         )
+        dequantized = 0
+        if method := self.config.model.quantize:
+            sizes = [weight.numel() for weight in self.quantized]
+            stored -= sum(sizes) * self.dtype.itemsize - quantized.stored_bytes(sum(sizes), method)
+            dequantized = max(sizes) * quantized.transient_bytes(method, self.dtype)
         gathered = 0
         if self.config.sharded:
             unsharded = fsdp.unsharded_parameters(
@@ -282,6 +298,7 @@ class Plan:
         shard = self.learning // self.shards
         parts = {
             "weights": stored // self.shards,
+            "dequantized weight": dequantized,
             "gathered weights": gathered,
             "AdamW": 8 * shard,
             "activations, gradients": max(in_step, step.gradients),

@@ -20,7 +20,7 @@ from realign_kernels import objectives
 OPTIONS = {
     config.ModelConfig: """
         model=None tune=lora lora_rank=128 lora_alpha=256.0 train_vision=False dtype=auto
-        attention=auto""",
+        quantize=None attention=auto""",
     config.DataConfig: """
         pairs=None split=None image_folder=None max_response_tokens=1024 workers=None
         row_tokens=0""",
@@ -37,9 +37,9 @@ OPTIONS = {
         quiet=False""",
     CacheConfig: "reference_cache=None",
     FillConfig: """
-        pairs=None split=None image_folder=None model=None objective=rdpo dtype=auto attention=tree
-        max_response_tokens=1024 workers=None row_tokens=0 batch_rows=32 fsdp=False nproc_per_node=0
-        quiet=False""",
+        pairs=None split=None image_folder=None model=None objective=rdpo dtype=auto quantize=None
+        attention=tree max_response_tokens=1024 workers=None row_tokens=0 batch_rows=32 fsdp=False
+        nproc_per_node=0 quiet=False""",
     PairsConfig: """
         output=runs/pairs.parquet data=None split=None format=auto image_folder=None model=None
         embed_model=None dtype=fp32 scenes=1024 answer=None keep_target=0.8 k=10 reach=None
