@@ -17,6 +17,7 @@ import torch
 from realign.cli import parse_sections
 from realign_kernels import objectives
 
+RECIPES = ("paper",)
 TUNED = ("lora", "full")
 DTYPES = ("auto", "fp32", "bf16")
 QUANTIZE = ("4bit", "8bit")
@@ -33,10 +34,12 @@ HEADINGS = {
 }
 """First field of a group in the help text -> its heading."""
 METAVARS = {
+    "recipe": RECIPES,
     "tune": TUNED,
     "dtype": DTYPES,
     "attention": ATTENTIONS,
     "quantize": QUANTIZE,
+    "lora_rank": "N",
     "lora_alpha": "SCALE",
     "pairs": "PATH",
     "objective": "NAME",
@@ -64,10 +67,13 @@ class ModelConfig:
     tune: str = "lora"
     """Weights to train: 'lora' trains adapters on all linear layers of the language model, 'full'
     trains the weights themselves."""
-    lora_rank: int = 128
-    """Rank of the LoRA matrices. The default is the paper's."""
-    lora_alpha: float = 256.0
-    """LoRA scale alpha. The default is the paper's, twice the rank."""
+    recipe: str | None = None
+    """Recipe 'paper' sets the paper's values: LoRA of rank 128 with alpha 256, and a learning rate
+    of 1e-5 for any model. Its other values are the defaults. Options that are given override it."""
+    lora_rank: int | None = None
+    """Rank of the LoRA matrices. Without it, 32, or the recipe's."""
+    lora_alpha: float | None = None
+    """LoRA scale alpha. Without it, twice the rank."""
     train_vision: bool = False
     """Train the vision tower too, with --tune full. By default it is frozen."""
     dtype: str = "auto"
@@ -99,12 +105,20 @@ class ModelConfig:
                 "'fp32'. "
                 "Add --dtype bf16, or use --attention tree."
             )
-        _positive("lora_rank", self.lora_rank)
-        _positive("lora_alpha", self.lora_alpha)
+        if self.recipe is not None:
+            _one_of("recipe", self.recipe, RECIPES)
         if self.tune == "lora" and self.train_vision:
             _no_effect("train_vision", "LoRA trains the language model only", "add --tune full")
-        if self.tune == "full" and (self.lora_rank, self.lora_alpha) != (128, 256.0):
-            _no_effect("--lora-rank or --lora-alpha", "there is no LoRA", "use --tune lora")
+        if self.tune == "full":
+            if (self.lora_rank, self.lora_alpha) != (None, None):
+                _no_effect("--lora-rank or --lora-alpha", "there is no LoRA", "use --tune lora")
+            return
+        if self.lora_rank is None:
+            self.lora_rank = 128 if self.recipe == "paper" else 32
+        if self.lora_alpha is None:
+            self.lora_alpha = 2.0 * self.lora_rank
+        _positive("lora_rank", self.lora_rank)
+        _positive("lora_alpha", self.lora_alpha)
 
 
 @dataclass
@@ -162,7 +176,7 @@ class LossConfig:
 @dataclass
 class OptimConfig:
     learning_rate: float = 0.0
-    """Peak learning rate of AdamW. 0 is 1e-5 (the paper's), or 5e-5 for the digits model."""
+    """Peak learning rate of AdamW. 0 is 1e-5, or 5e-5 for the digits model without --recipe."""
     weight_decay: float = 0.0
     """Weight decay of AdamW. 0 turns it off."""
     warmup: float = 0.03
@@ -295,7 +309,8 @@ class TrainConfig:
         if self.model.attention == "auto":
             self.model.attention = "tree"
         if self.optim.learning_rate == 0:
-            self.optim.learning_rate = 5e-5 if self.model.model is None else 1e-5
+            digits = self.model.model is None and self.model.recipe is None
+            self.optim.learning_rate = 5e-5 if digits else 1e-5
 
     @property
     def sharded(self) -> bool:

@@ -119,6 +119,7 @@ class Plan:
         layers = quantized.linears(self.vlm) if config.model.quantize else []
         self.quantized = [layer.get_parameter("weight") for layer in layers]
         if self.lora:
+            assert config.model.lora_rank is not None and config.model.lora_alpha is not None
             add_lora(self.vlm, config.model.lora_rank, config.model.lora_alpha)
         fsdp.wrap_layers(
             fsdp.trained_layers(self.model),

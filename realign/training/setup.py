@@ -213,6 +213,7 @@ def set_up(
         distributed.log_rank0(f"the language model is quantized: {text}")
     if settings.tune == "lora":
         torch.manual_seed(config.run.seed)
+        assert settings.lora_rank is not None and settings.lora_alpha is not None
         adapter = add_lora(model.vlm, settings.lora_rank, settings.lora_alpha)
     fsdp.place(model, config, device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -288,7 +289,17 @@ def restore(run: Run) -> None:
         distributed.log_rank0(
             f"there is no checkpoint in {config.run.output} yet; starting at the first step"
         )
-    trained = sum(p.numel() for p in run.trained)
+    trained, settings = sum(p.numel() for p in run.trained), config.model
+    how = (
+        "all weights"
+        if settings.tune == "full"
+        else (f"LoRA of rank {settings.lora_rank}, alpha {settings.lora_alpha:g}")
+    )
+    recipe = f", recipe {settings.recipe}" * (settings.recipe is not None)
+    distributed.log_rank0(
+        f"training {how}, peak learning rate {config.optim.learning_rate:g}, {settings.dtype}"
+        f"{recipe}"
+    )
     distributed.log_rank0(
         f"{inputs.objective.name}: {len(inputs.examples):,} records, {len(inputs.store):,} "
         f"distinct images, {trained:,} trained parameters, {run.total:,} steps of "
