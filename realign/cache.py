@@ -14,7 +14,7 @@ from pathlib import Path
 
 from realign import distributed
 from realign.cli import CommandParser, parse_sections
-from realign.config import METAVARS, LossConfig, check_quantize, resolve_dtype
+from realign.config import METAVARS, LossConfig, check_pixels, check_quantize, resolve_dtype
 from realign.digits import ASSETS
 from realign.files import check_folder
 from realign.modeling import reference_logps
@@ -87,6 +87,10 @@ class FillConfig:
     """Quantization of the language model, '4bit' or '8bit', the same as in training."""
     attention: str = "tree"
     """Attention of the language model, the same as in training, where 'auto' is 'tree'."""
+    min_pixels: int | None = None
+    """Enlarge smaller images to this number of pixels, the same as in training."""
+    max_pixels: int | None = None
+    """Reduce larger images to this number of pixels, the same as in training."""
     max_response_tokens: int = 1024
     """Longest response, in tokens. A longer response is an error and is never truncated."""
     workers: int | None = None
@@ -107,6 +111,7 @@ class FillConfig:
         if self.pairs is None:
             raise ValueError("pairs is missing. Pass the training file.")
         self.dtype = resolve_dtype(self.dtype)
+        check_pixels(self.min_pixels, self.max_pixels)
         check_quantize(self.quantize, sharded=self.fsdp)
         if self.attention not in IMPLEMENTATIONS:
             names = ", ".join(IMPLEMENTATIONS)
@@ -132,6 +137,8 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         LossConfig(objective=config.objective),
         image_folder=config.image_folder,
         split=config.split,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
         dtype=dtype,
         weights_dtype=dtype,
         attention=attends,

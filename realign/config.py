@@ -131,6 +131,12 @@ class DataConfig:
     image_folder: str | None = None
     """Folder that contains the images and that image paths in --pairs are relative to. An image
     outside of it is an error. Without it, the folder of --pairs."""
+    min_pixels: int | None = None
+    """Enlarge smaller images to this number of pixels, for processors that count pixels, as Qwen's
+    do. Without it, the processor's."""
+    max_pixels: int | None = None
+    """Reduce larger images to this number of pixels, for the same processors. It limits the tokens
+    of an image. The final model's processor has the same limits."""
     max_response_tokens: int = 1024
     """Maximum number of tokens in a response. A longer response is an error that names its record.
     Responses are never cut."""
@@ -146,6 +152,7 @@ class DataConfig:
             _no_effect("image_folder", "pairs of digits hold their images", "add --pairs")
         if self.pairs is None and self.split is not None:
             _no_effect("split", "pairs of digits have no splits", "add --pairs")
+        check_pixels(self.min_pixels, self.max_pixels)
         _positive("max_response_tokens", self.max_response_tokens)
         _not_negative("workers", self.workers or 0)
         _not_negative("row_tokens", self.row_tokens)
@@ -355,6 +362,22 @@ def resolve_dtype(dtype: str) -> str:
     """
     _one_of("dtype", dtype, DTYPES)
     return ("bf16" if torch.cuda.is_available() else "fp32") if dtype == "auto" else dtype
+
+
+def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
+    """Check the settings `min_pixels` and `max_pixels` of a command.
+
+    Raises:
+        ValueError: for a value out of range, or a minimum above the maximum.
+    """
+    for name, value, most in (
+        ("--min-pixels", min_pixels, 1 << 24),
+        ("--max-pixels", max_pixels, 1 << 31),
+    ):
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name} is {value}; it must be from 1 to {most:,}.")
+    if min_pixels and max_pixels and min_pixels > max_pixels:
+        raise ValueError(f"--min-pixels is {min_pixels}, above --max-pixels, {max_pixels}.")
 
 
 def check_quantize(method: str | None, *, sharded: bool) -> None:

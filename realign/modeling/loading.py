@@ -30,7 +30,7 @@ from realign.modeling.attention import IMPLEMENTATIONS
 from realign.modeling.layouts import has_softcap
 from realign.modeling.limits import TooLarge, limited
 from realign.modeling.merging import adapter_base, cast, merge, put_on
-from realign.modeling.model_files import check_model, find_file, most_numbers
+from realign.modeling.model_files import COUNTS_PIXELS, check_model, find_file, most_numbers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Compute dtypes by name in the settings."""
@@ -39,11 +39,19 @@ _LINEAR = (nn.Linear, Conv1D)
 _OF_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 
-def load_processor(path: str | Path):
+def load_processor(
+    path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+):
     """Load the processor of a model. An adapter's folder without one uses its base's.
 
+    Args:
+        path: folder or Hub name.
+        min_pixels: see `set_pixels`.
+        max_pixels: see `set_pixels`.
+
     Raises:
-        ValueError: when the model is text-only, or its processor has no chat template.
+        ValueError: when the model is text-only, its processor has no chat template, or it does not
+            take the limits on pixels.
     """
     _vision_config(path)
     if (base := adapter_base(path)) and not any(find_file(path, name) for name in _OF_PROCESSOR):
@@ -54,7 +62,38 @@ def load_processor(path: str | Path):
             f"the processor of {path} has no chat template, so prompts cannot be rendered. Save "
             "one with it (processor.chat_template = ...; processor.save_pretrained(...))."
         )
+    set_pixels(processor, min_pixels, max_pixels)
     return processor
+
+
+def set_pixels(processor, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Limit the size that the processor resizes images to, before it is saved or digested.
+
+    Args:
+        processor: its image processor counts pixels, as Qwen's do.
+        min_pixels: smaller images are enlarged to this number of pixels. None keeps the limit.
+        max_pixels: larger images are reduced to this number of pixels. None keeps the limit.
+
+    Raises:
+        ValueError: for a processor without such limits, and for limits that contradict each other.
+    """
+    if min_pixels is None and max_pixels is None:
+        return
+    images = processor.image_processor
+    kind, size = type(images).__name__, dict(images.size)
+    least, most = (size.get(name) or 0 for name in ("shortest_edge", "longest_edge"))
+    if not COUNTS_PIXELS.fullmatch(kind) or not least or not most:
+        raise ValueError(
+            f"--min-pixels and --max-pixels would have no effect: {kind} does not resize images by "
+            "their number of pixels. Leave them out."
+        )
+    least, most = min_pixels or least, max_pixels or most
+    if least > most:
+        raise ValueError(
+            f"the limits on pixels contradict each other: images would be enlarged to {least:,} "
+            f"pixels and reduced to {most:,}. Set both --min-pixels and --max-pixels."
+        )
+    images.size = type(images.size)(shortest_edge=least, longest_edge=most)
 
 
 def load_model(

@@ -65,6 +65,8 @@ def load_inputs(
     progress: bool,
     image_folder: str | None = None,
     split: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     workers: int = 1,
 ) -> Inputs:
     """Load a model and encode the pairs for it. With a process group, every rank calls it.
@@ -83,6 +85,8 @@ def load_inputs(
         progress: whether to show a progress bar.
         image_folder: see `stream_pairs`.
         split: see `stream_pairs`.
+        min_pixels: see `set_pixels`.
+        max_pixels: see `set_pixels`.
         workers: threads that decode and preprocess images.
 
     Raises:
@@ -90,7 +94,7 @@ def load_inputs(
     """
     if Path(base).is_dir():  # the adapter's configuration names its base by an absolute path
         base = Path(base).resolve()
-    processor = load_processor(base)
+    processor = load_processor(base, min_pixels=min_pixels, max_pixels=max_pixels)
     convert = partial(track, title="reading records", unit="records", quiet=not progress)
     table = first_on_machine(lambda: open_table(pairs, image_folder, split=split, progress=convert))
     if table.skipped:
@@ -131,6 +135,8 @@ def training_inputs(
         progress=progress,
         image_folder=config.data.image_folder,
         split=config.data.split,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
         workers=distributed.workers_of_rank(config.data.workers),
     )
 

@@ -22,8 +22,8 @@ OPTIONS = {
         model=None tune=lora recipe=None lora_rank=None lora_alpha=None train_vision=False
         dtype=auto quantize=None attention=auto""",
     config.DataConfig: """
-        pairs=None split=None image_folder=None max_response_tokens=1024 workers=None
-        row_tokens=0""",
+        pairs=None split=None image_folder=None min_pixels=None max_pixels=None
+        max_response_tokens=1024 workers=None row_tokens=0""",
     config.LossConfig: "objective=rdpo beta=0.1 visual_weight=1.0",
     config.OptimConfig: """
         learning_rate=0.0 weight_decay=0.0 warmup=0.03 clip=1.0 batch_size=32 micro_batch_size=16
@@ -38,8 +38,8 @@ OPTIONS = {
     CacheConfig: "reference_cache=None",
     FillConfig: """
         pairs=None split=None image_folder=None model=None objective=rdpo dtype=auto quantize=None
-        attention=tree max_response_tokens=1024 workers=None row_tokens=0 batch_rows=32 fsdp=False
-        nproc_per_node=0 quiet=False""",
+        attention=tree min_pixels=None max_pixels=None max_response_tokens=1024 workers=None
+        row_tokens=0 batch_rows=32 fsdp=False nproc_per_node=0 quiet=False""",
     PairsConfig: """
         output=runs/pairs.parquet data=None split=None format=auto image_folder=None model=None
         embed_model=None dtype=fp32 scenes=1024 answer=None keep_target=0.8 k=10 reach=None
