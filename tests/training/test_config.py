@@ -29,7 +29,7 @@ OPTIONS = {
         learning_rate=0.0 weight_decay=0.0 warmup=0.03 clip=1.0 batch_size=32 micro_batch_size=16
         epochs=1.0 steps=0""",
     config.ScaleConfig: """
-        fsdp=False nproc_per_node=0 replicas=1 activation_checkpointing=False cpu_offload=False
+        fsdp=False nproc_per_node=0 replicas=1 activation_checkpointing=None cpu_offload=False
         compile=False liger=False""",
     config.RunConfig: """
         output=runs/rdpo reference_cache=None cache_vision=False seed=0 save_every=50 keep=2
