@@ -216,7 +216,7 @@ def test_a_failed_estimate_leaves_checkpointing_off(pairs_file, tmp_path, monkey
     config = parse(arguments(pairs_file, tmp_path))
     found, reason = dry_run.with_checkpointing(config, pairs_file)
     assert found.scale.activation_checkpointing is False
-    assert reason == "off: the memory cannot be estimated (NotImplementedError: no fake kernel)"
+    assert reason.startswith("off: the memory cannot be estimated (") and "no fake kernel" in reason
 
 
 def test_no_gpu_needs_no_estimate(pairs_file, tmp_path, monkeypatch):
