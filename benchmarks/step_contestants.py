@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-6, 1.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RANK, ALPHA = 128, 256.0  # from the paper; also the defaults of realign.train
+RANK, ALPHA = 128, 256.0  # from the paper, as --recipe paper of realign.train
 LORA = {
     "r": RANK, "lora_alpha": ALPHA, "target_modules": r".*language_model\..*_proj",
     "task_type": "CAUSAL_LM",

@@ -128,7 +128,14 @@ def compare(folder: Path, records: list[Record], engine: TrueClass | None, **set
 
 def train_both(folder: Path, seed: int) -> None:
     """Train rDPO on equal numbers of both pairs, and print the misnamed digits."""
-    from realign.config import DataConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
+    from realign.config import (
+        DataConfig,
+        LossConfig,
+        ModelConfig,
+        OptimConfig,
+        RunConfig,
+        TrainConfig,
+    )
     from realign.evaluate import EvaluateConfig, evaluate
     from realign.train import train
 
@@ -140,6 +147,7 @@ def train_both(folder: Path, seed: int) -> None:
         write_pairs(file, [rows[i] for i in np.sort(chosen)])
         train(
             TrainConfig(
+                model=ModelConfig(lora_rank=128),
                 data=DataConfig(pairs=str(file)),
                 loss=LossConfig(objective="rdpo"),
                 optim=OptimConfig(steps=100),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from realign import distributed
 from realign.cli import CommandParser, parse_sections
-from realign.config import METAVARS, LossConfig, resolve_dtype
+from realign.config import METAVARS, LossConfig, check_pixels, check_quantize, resolve_dtype
 from realign.digits import ASSETS
 from realign.files import check_folder
 from realign.modeling import reference_logps
@@ -83,8 +83,14 @@ class FillConfig:
     dtype: str = "auto"
     """Precision of the computation, the same as in training. 'auto' is 'bf16' on CUDA and 'fp32' on
     a CPU."""
+    quantize: str | None = None
+    """Quantization of the language model, '4bit' or '8bit', the same as in training."""
     attention: str = "tree"
     """Attention of the language model, the same as in training, where 'auto' is 'tree'."""
+    min_pixels: int | None = None
+    """Enlarge smaller images to this number of pixels, the same as in training."""
+    max_pixels: int | None = None
+    """Reduce larger images to this number of pixels, the same as in training."""
     max_response_tokens: int = 1024
     """Longest response, in tokens. A longer response is an error and is never truncated."""
     workers: int | None = None
@@ -105,6 +111,8 @@ class FillConfig:
         if self.pairs is None:
             raise ValueError("pairs is missing. Pass the training file.")
         self.dtype = resolve_dtype(self.dtype)
+        check_pixels(self.min_pixels, self.max_pixels)
+        check_quantize(self.quantize, sharded=self.fsdp)
         if self.attention not in IMPLEMENTATIONS:
             names = ", ".join(IMPLEMENTATIONS)
             raise ValueError(f"attention is {self.attention!r}; it must be one of {names}.")
@@ -129,11 +137,14 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         LossConfig(objective=config.objective),
         image_folder=config.image_folder,
         split=config.split,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
         dtype=dtype,
         weights_dtype=dtype,
         attention=attends,
         train_vision=False,
         meta=config.fsdp and distributed.rank() > 0,  # weights come from rank 0
+        quantize=config.quantize,
         max_response_tokens=config.max_response_tokens,
         progress=progress,
         workers=distributed.workers_of_rank(config.workers),
@@ -143,7 +154,9 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
         fingerprint = shared_fingerprint(inputs, device)
         fsdp.shard(model, device, dtype)
     else:  # each rank digests its own weights, and `fill` compares the fingerprints
-        fingerprint = reference_logps.fingerprint(model.vlm, inputs.processor, dtype, device)
+        fingerprint = reference_logps.fingerprint(
+            model.vlm, inputs.processor, dtype, device, quantize=config.quantize
+        )
         model.to(device)
     distributed.mark_ranks_diverged()
     if reason:

@@ -6,6 +6,7 @@ of the same name with dashes (`learning_rate` -> `--learning-rate`). Flags overr
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,8 +17,10 @@ import torch
 from realign.cli import parse_sections
 from realign_kernels import objectives
 
+RECIPES = ("paper",)
 TUNED = ("lora", "full")
 DTYPES = ("auto", "fp32", "bf16")
+QUANTIZE = ("4bit", "8bit")
 ATTENTIONS = ("auto", "tree", "flash", "sdpa", "eager", "flex")
 
 HEADINGS = {
@@ -31,9 +34,12 @@ HEADINGS = {
 }
 """First field of a group in the help text -> its heading."""
 METAVARS = {
+    "recipe": RECIPES,
     "tune": TUNED,
     "dtype": DTYPES,
     "attention": ATTENTIONS,
+    "quantize": QUANTIZE,
+    "lora_rank": "N",
     "lora_alpha": "SCALE",
     "pairs": "PATH",
     "objective": "NAME",
@@ -61,15 +67,22 @@ class ModelConfig:
     tune: str = "lora"
     """Weights to train: 'lora' trains adapters on all linear layers of the language model, 'full'
     trains the weights themselves."""
-    lora_rank: int = 128
-    """Rank of the LoRA matrices. The default is the paper's."""
-    lora_alpha: float = 256.0
-    """LoRA scale alpha. The default is the paper's, twice the rank."""
+    recipe: str | None = None
+    """Recipe 'paper' sets the paper's values: LoRA of rank 128 with alpha 256, and a learning rate
+    of 1e-5 for any model. Its other values are the defaults. Options that are given override it."""
+    lora_rank: int | None = None
+    """Rank of the LoRA matrices. Without it, 32, or the recipe's."""
+    lora_alpha: float | None = None
+    """LoRA scale alpha. Without it, twice the rank."""
     train_vision: bool = False
     """Train the vision tower too, with --tune full. By default it is frozen."""
     dtype: str = "auto"
     """Compute dtype, 'fp32' or 'bf16'. 'auto' is bf16 on CUDA and fp32 on a CPU. Trained weights
     are kept in fp32 either way."""
+    quantize: str | None = None
+    """Store the linear layers of the language model in 4 bits (NF4) or 8 bits by bitsandbytes, with
+    --tune lora on one GPU or CPU. Head, norms and vision tower are not quantized. The adapter is
+    merged into the model without quantization."""
     attention: str = "auto"
     """Attention of the language model. 'tree' computes each tree without a mask, and uses torch's
     flash kernel on CUDA in bf16. Models with windows, two-way blocks or dropout get 'sdpa' instead,
@@ -81,18 +94,31 @@ class ModelConfig:
         _one_of("tune", self.tune, TUNED)
         self.dtype = resolve_dtype(self.dtype)
         _one_of("attention", self.attention, ATTENTIONS)
+        if self.quantize and self.tune == "full":
+            raise ValueError(
+                "--quantize rounds weights that stay frozen, and --tune full trains them. Leave it "
+                "out, or use --tune lora."
+            )
         if self.attention == "flash" and self.dtype == "fp32":
             raise ValueError(
                 "attention is 'flash', which computes in half precision only, and --dtype is "
                 "'fp32'. "
                 "Add --dtype bf16, or use --attention tree."
             )
-        _positive("lora_rank", self.lora_rank)
-        _positive("lora_alpha", self.lora_alpha)
+        if self.recipe is not None:
+            _one_of("recipe", self.recipe, RECIPES)
         if self.tune == "lora" and self.train_vision:
             _no_effect("train_vision", "LoRA trains the language model only", "add --tune full")
-        if self.tune == "full" and (self.lora_rank, self.lora_alpha) != (128, 256.0):
-            _no_effect("--lora-rank or --lora-alpha", "there is no LoRA", "use --tune lora")
+        if self.tune == "full":
+            if (self.lora_rank, self.lora_alpha) != (None, None):
+                _no_effect("--lora-rank or --lora-alpha", "there is no LoRA", "use --tune lora")
+            return
+        if self.lora_rank is None:
+            self.lora_rank = 128 if self.recipe == "paper" else 32
+        if self.lora_alpha is None:
+            self.lora_alpha = 2.0 * self.lora_rank
+        _positive("lora_rank", self.lora_rank)
+        _positive("lora_alpha", self.lora_alpha)
 
 
 @dataclass
@@ -105,6 +131,12 @@ class DataConfig:
     image_folder: str | None = None
     """Folder that contains the images and that image paths in --pairs are relative to. An image
     outside of it is an error. Without it, the folder of --pairs."""
+    min_pixels: int | None = None
+    """Enlarge smaller images to this number of pixels, for processors that count pixels, as Qwen's
+    do. Without it, the processor's."""
+    max_pixels: int | None = None
+    """Reduce larger images to this number of pixels, for the same processors. It limits the tokens
+    of an image. The final model's processor has the same limits."""
     max_response_tokens: int = 1024
     """Maximum number of tokens in a response. A longer response is an error that names its record.
     Responses are never cut."""
@@ -120,6 +152,7 @@ class DataConfig:
             _no_effect("image_folder", "pairs of digits hold their images", "add --pairs")
         if self.pairs is None and self.split is not None:
             _no_effect("split", "pairs of digits have no splits", "add --pairs")
+        check_pixels(self.min_pixels, self.max_pixels)
         _positive("max_response_tokens", self.max_response_tokens)
         _not_negative("workers", self.workers or 0)
         _not_negative("row_tokens", self.row_tokens)
@@ -150,7 +183,7 @@ class LossConfig:
 @dataclass
 class OptimConfig:
     learning_rate: float = 0.0
-    """Peak learning rate of AdamW. 0 is 1e-5 (the paper's), or 5e-5 for the digits model."""
+    """Peak learning rate of AdamW. 0 is 1e-5, or 5e-5 for the digits model without --recipe."""
     weight_decay: float = 0.0
     """Weight decay of AdamW. 0 turns it off."""
     warmup: float = 0.03
@@ -185,8 +218,9 @@ class ScaleConfig:
     replicas: int = 1
     """Copies of the model (HSDP), each sharded over ranks / replicas consecutive ranks. With one
     copy per node, weights are gathered within nodes only. 1 shards over all ranks."""
-    activation_checkpointing: bool = False
-    """Keep only the input of each trained layer, and compute the layer again in the backward."""
+    activation_checkpointing: bool | None = None
+    """Keep only the input of each trained layer, and compute the layer again in the backward.
+    Without the flag, it is on if the run would not fit on the GPU without it."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer in host memory. The GPU holds one layer at a
     time."""
@@ -273,10 +307,18 @@ class TrainConfig:
                 "--cache-vision keeps image features for the whole run, and --tune full trains "
                 "the layers that compute them. Leave it out, or use --tune lora."
             )
+        if self.model.quantize and self.scale.compile:
+            raise ValueError(
+                "--compile cannot trace the layers that --quantize stores in few bits. Leave one "
+                "of them out."
+            )
+        sharded = self.scale.fsdp or self.scale.cpu_offload
+        check_quantize(self.model.quantize, sharded=sharded)
         if self.model.attention == "auto":
             self.model.attention = "tree"
         if self.optim.learning_rate == 0:
-            self.optim.learning_rate = 5e-5 if self.model.model is None else 1e-5
+            digits = self.model.model is None and self.model.recipe is None
+            self.optim.learning_rate = 5e-5 if digits else 1e-5
 
     @property
     def sharded(self) -> bool:
@@ -321,6 +363,43 @@ def resolve_dtype(dtype: str) -> str:
     """
     _one_of("dtype", dtype, DTYPES)
     return ("bf16" if torch.cuda.is_available() else "fp32") if dtype == "auto" else dtype
+
+
+def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
+    """Check the settings `min_pixels` and `max_pixels` of a command.
+
+    Raises:
+        ValueError: for a value out of range, or a minimum above the maximum.
+    """
+    for name, value, most in (
+        ("--min-pixels", min_pixels, 1 << 24),
+        ("--max-pixels", max_pixels, 1 << 31),
+    ):
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name} is {value}; it must be from 1 to {most:,}.")
+    if min_pixels and max_pixels and min_pixels > max_pixels:
+        raise ValueError(f"--min-pixels is {min_pixels}, above --max-pixels, {max_pixels}.")
+
+
+def check_quantize(method: str | None, *, sharded: bool) -> None:
+    """Check the setting `quantize` of a command.
+
+    Raises:
+        ValueError: for another method, with FSDP2, and without bitsandbytes.
+    """
+    if method is None:
+        return
+    _one_of("--quantize", method, QUANTIZE)
+    if sharded:
+        raise ValueError(
+            "--quantize works in one process, since --fsdp and --cpu-offload cannot shard or move "
+            "quantized weights. Leave out one of them."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "--quantize needs bitsandbytes, which is not installed. Run "
+            "`pip install 'realign[quantize]'`."
+        )
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 Finding = tuple[str, str, str]
 """Mark ("ok", "--" for a missing extra, "BAD" for a broken package), name and finding."""
-EXTRAS = ("", "cpu", "gpu", "demo", "tensorboard", "wandb", "ray", "sentences", "endpoint")
+EXTRAS = (
+    "", "cpu", "gpu", "demo", "tensorboard", "wandb", "quantize", "ray", "sentences", "endpoint",
+)  # fmt: skip
 """Extras of pyproject.toml for users, after the required packages. `gpu` needs a GPU."""
 _LOAD = """import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:])

@@ -8,6 +8,9 @@ from typing import Any
 
 from realign.terminal import printable
 
+# PEFT imports bitsandbytes, which then misses kernels on the Hub on CPUs with AVX512-BF16.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def printable_messages() -> None:
     """Print log records and warnings of other libraries with `printable`, in this process.

@@ -80,7 +80,11 @@ def train(config: TrainConfig) -> Path | None:
             distributed.log_rank0(reason)
         checkpoints = Checkpoints(output / "checkpoints", config.run.keep)
         done = steps_done(config, checkpoints)
-        run = set_up(config, prepare_pairs(config), device, attends, checkpoints, done)
+        pairs = prepare_pairs(config)
+        config, reason = dry_run.with_checkpointing(config, pairs)
+        if reason:
+            distributed.log_rank0(f"activation checkpointing is {reason}")
+        run = set_up(config, pairs, device, attends, checkpoints, done)
         references = reference_pass(run)
         restore(run)
         return export(run) if train_steps(run, references) else None
@@ -132,6 +136,8 @@ def export(run: Run) -> Path:
         merged=config.run.merge,
         card=card,
     )
+    if config.model.quantize and config.run.merge:
+        distributed.log_rank0("the adapter was merged into the base without quantization")
     distributed.log_rank0(f"wrote {folder} (model), {log} (curves)")
     return folder
 

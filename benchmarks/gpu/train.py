@@ -56,7 +56,13 @@ class Run:
     def __post_init__(self) -> None:
         self.output, self.printed = self.folder / self.name, self.folder / f"{self.name}.txt"
         given = f"--fsdp {self.words} --save-every 2 --steps {self.steps} --batch-size {BATCH}"
-        given = [*given.split(), "--pairs", str(self.folder / "pairs.parquet")]
+        given = [
+            *given.split(),
+            "--lora-rank",
+            "128",
+            "--pairs",
+            str(self.folder / "pairs.parquet"),
+        ]
         given += ["--output", str(self.output)]
         given += ["--reference-cache", str(self.output / "references")]
         self.began = time.monotonic()

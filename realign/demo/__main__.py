@@ -115,6 +115,8 @@ def _train(run: Path, pairs: Path, objective: str, seed: int, config: DemoConfig
         "--nproc-per-node": config.nproc_per_node,
         "--pairs": pairs,
         "--objective": objective,
+        "--lora-rank": 128,
+        "--lora-alpha": 256,
         "--steps": config.steps,
         "--seed": seed,
         "--output": run,

@@ -29,11 +29,11 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from realign.data.errors import short_error
 from realign.distributed import disable_cudnn_attention
-from realign.modeling import lora, lora_experts, lora_targets
+from realign.modeling import lora, lora_experts, lora_targets, quantized
 from realign.modeling.attention import implementations
 from realign.modeling.limits import TooLarge, limited
 from realign.modeling.merging import adapter_base, cast, merge, put_on
-from realign.modeling.model_files import check_model, find_file, most_numbers
+from realign.modeling.model_files import COUNTS_PIXELS, check_model, find_file, most_numbers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Compute dtypes by name in the settings."""
@@ -41,11 +41,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _OF_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 
-def load_processor(path: str | Path):
+def load_processor(
+    path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+):
     """Load the processor of a model. An adapter's folder without one uses its base's.
 
+    Args:
+        path: folder or Hub name.
+        min_pixels: see `set_pixels`.
+        max_pixels: see `set_pixels`.
+
     Raises:
-        ValueError: when the model is text-only, or its processor has no chat template.
+        ValueError: when the model is text-only, its processor has no chat template, or it does not
+            take the limits on pixels.
     """
     _vision_config(path)
     if (base := adapter_base(path)) and not any(find_file(path, name) for name in _OF_PROCESSOR):
@@ -56,7 +64,38 @@ def load_processor(path: str | Path):
             f"the processor of {path} has no chat template, so prompts cannot be rendered. Save "
             "one with it (processor.chat_template = ...; processor.save_pretrained(...))."
         )
+    set_pixels(processor, min_pixels, max_pixels)
     return processor
+
+
+def set_pixels(processor, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Limit the size that the processor resizes images to, before it is saved or digested.
+
+    Args:
+        processor: its image processor counts pixels, as Qwen's do.
+        min_pixels: smaller images are enlarged to this number of pixels. None keeps the limit.
+        max_pixels: larger images are reduced to this number of pixels. None keeps the limit.
+
+    Raises:
+        ValueError: for a processor without such limits, and for limits that contradict each other.
+    """
+    if min_pixels is None and max_pixels is None:
+        return
+    images = processor.image_processor
+    kind, size = type(images).__name__, dict(images.size)
+    least, most = (size.get(name) or 0 for name in ("shortest_edge", "longest_edge"))
+    if not COUNTS_PIXELS.fullmatch(kind) or not least or not most:
+        raise ValueError(
+            f"--min-pixels and --max-pixels would have no effect: {kind} does not resize images by "
+            "their number of pixels. Leave them out."
+        )
+    least, most = min_pixels or least, max_pixels or most
+    if least > most:
+        raise ValueError(
+            f"the limits on pixels contradict each other: images would be enlarged to {least:,} "
+            f"pixels and reduced to {most:,}. Set both --min-pixels and --max-pixels."
+        )
+    images.size = type(images.size)(shortest_edge=least, longest_edge=most)
 
 
 def load_model(
@@ -65,6 +104,7 @@ def load_model(
     attention: str = "tree",
     *,
     meta: bool = False,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """Load a vision-language model from a folder or Hub name. Adapters are merged into their base.
 
@@ -76,9 +116,11 @@ def load_model(
             and flash.
         meta: build the model without weights, on the meta device. `fsdp.shard` later sends the
             weights of rank 0.
+        quantize: '4bit' or '8bit': quantize the language model while it is loaded, on the
+            current GPU if there is one. The model on the meta device is never quantized.
 
     Raises:
-        ValueError: for a text-only model.
+        ValueError: for a text-only model, and for an adapter whose base would be quantized.
     """
     disable_cudnn_attention()
     config, auto = _vision_config(path), AutoModelForImageTextToText
@@ -91,6 +133,17 @@ def load_model(
             model.generation_config = from_pretrained(GenerationConfig, base or path)
         return model
     options: dict[str, Any] = {"attn_implementation": kinds}
+    if quantize:
+        if base is not None:
+            raise ValueError(
+                f"{path} is an adapter, and merging it needs the weights that --quantize rounds. "
+                f"Merge it (python -m realign.export --model {path}), and pass the merged folder."
+            )
+        plain = load_model(path, dtype, attention, meta=True)
+        options["quantization_config"] = quantized.settings(quantize, dtype, plain)
+        vlm = from_pretrained(auto, path, dtype=dtype, **options)
+        quantized.use(vlm)
+        return vlm
     if base is None:
         return from_pretrained(auto, path, dtype=dtype, **options)
     wide = from_pretrained(auto, base, adapter=path, dtype=torch.float32, **options)
@@ -115,6 +168,22 @@ def load_trained(
     model = from_pretrained(auto, base, adapter=path, dtype=dtype)
     put_on(model, path)
     return model.eval()
+
+
+def check_unquantized(path: str | Path, quantize: str | None) -> None:
+    """Check that the stored weights of a model can be trained, and quantized if asked.
+
+    Raises:
+        ValueError: for weights that are stored quantized. MXFP4 is read, but not quantized again.
+    """
+    stored = getattr(_vision_config(path), "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if method and (quantize or method != "mxfp4"):
+        raise ValueError(
+            f"the weights of {path} are stored quantized ({getattr(method, 'value', method)}), "
+            "and training needs the original weights to merge the adapter into. Pass the original "
+            "model. --quantize 4bit quantizes it while it is loaded."
+        )
 
 
 def _vision_config(path: str | Path):
@@ -155,7 +224,10 @@ def from_pretrained(
         checked = True
         if commit is not None:  # the Hub may change between the check and the load
             options["revision"] = commit
-        with limited(lambda: most_numbers(path, commit), meta=True) if model else nullcontext():
+        # bitsandbytes' layers register each weight twice more.
+        times = 2 if "quantization_config" in options else 1
+        size = partial(most_numbers, path, commit)
+        with limited(lambda: times * size(), meta=True) if model else nullcontext():
             return auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except ImportError as error:  # such as torchvision, which Qwen's processors need
         needs = " ".join(str(error).split())

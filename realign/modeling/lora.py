@@ -17,39 +17,48 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from realign.modeling import quantized
+
 
 def use(model: nn.Module) -> None:
-    """Replace the forward of every LoRA layer on an `nn.Linear` in `model` by `AdaptedLinear`."""
+    """Replace the forward of every LoRA layer on an `nn.Linear` or a quantized layer in `model`."""
     for layer in model.modules():
         of_weight = type(layer) is ParamWrapper and layer.parameter_name == "weight"
-        if (type(layer) is Linear or of_weight) and type(layer.base_layer) is nn.Linear:
+        plain = (type(layer) is Linear or of_weight) and type(layer.base_layer) is nn.Linear
+        if plain or (isinstance(layer, LoraLayer) and quantized.is_quantized(layer.base_layer)):
             layer.forward = MethodType(forward, layer)
 
 
 def forward(
-    layer: Linear | ParamWrapper,
+    layer: Any,
     x: Tensor,  # (..., H)
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:  # (..., O)
     """The layer's forward by `AdaptedLinear`. Layers that are not plain use PEFT's forward.
 
+    On a quantized layer, PEFT's forward would keep the input in fp32 for the backward.
+
     The name equals the method's, so that an unpickled model gets PEFT's forward.
     """
     if args or kwargs or not _is_plain(layer, x):
-        peft: Any = type(layer)
-        return peft.forward(layer, x, *args, **kwargs)
+        return type(layer).forward(layer, x, *args, **kwargs)
     (name,) = layer.active_adapters
     base = layer.base_layer
     factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if quantized.is_quantized(base):
+        a, b = (factor.to(x.dtype) for factor in factors)
+        rows = x.flatten(0, -2)
+        out = torch.addmm(base(rows), rows.mm(a.t()), b.t(), alpha=layer.scaling[name])
+        return out.view(*x.shape[:-1], -1)
     return AdaptedLinear.apply(x, base.weight, base.bias, *factors, layer.scaling[name])
 
 
-def _is_plain(layer: Linear | ParamWrapper, x: Tensor) -> bool:
+def _is_plain(layer: Any, x: Tensor) -> bool:
     """Whether the layer adds one adapter's product to a frozen base, in one dtype.
 
     Layers with variants (DoRA), trained biases, dropout, autocast or hooks are not plain.
@@ -67,7 +76,9 @@ def _is_plain(layer: Linear | ParamWrapper, x: Tensor) -> bool:
         return False
     if type(layer.lora_dropout[name]) is not nn.Identity or x.dim() == 1:
         return False
-    return x.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    return x.dtype == base.weight.dtype or quantized.is_quantized(base)
 
 
 class AdaptedLinear(torch.autograd.Function):

@@ -69,13 +69,13 @@ _LAYERS = re.compile(r".*(layers?|depths?)")
 _MOST_LAYERS = 1024  # The deepest known model has 126. A list with an entry per layer is built.
 _MOST_LABELS = 1_000_000  # a name per label is built
 _NUMBER = (int, float)
-_COUNTS_PIXELS = re.compile(
+COUNTS_PIXELS = re.compile(
     r"(CohereCompass|Cosmos3Edge|Ernie4_5_?VL_?Moe|Glm\w*|HunYuanVL|MiniMaxM3VL|NeoMME|PaddleOCRVL|"
     r"Qwen[\d_]*VL|VideoLlama3)(Image|Video)Processor(Fast|Pil)?"
 )
 """Classes whose two edges are numbers of pixels."""
 _SHORTEST_SIDE = 1024  # known models use up to 800
-_FEWEST_PIXELS = 1 << 24  # smaller images are enlarged to this number
+FEWEST_PIXELS = 1 << 24  # smaller images are enlarged to this number
 _LONGEST_SIDE = 8192
 _MOST_TILES = 4096  # Pix2Struct has 2048. InternVL tries every pair of numbers up to its own.
 _MOST_OF_PROCESSOR = 1 << 24  # of other numbers, such as ids, tokens of an image and samples
@@ -297,7 +297,7 @@ def _check_edges(file: Path, fields: dict[str, Any]) -> None:
         name, part = parts.pop()
         of_video = name.startswith("video_p")
         kind = part.get("video_processor_type" if of_video else "image_processor_type")
-        counts = isinstance(kind, str) and _COUNTS_PIXELS.fullmatch(kind)
+        counts = isinstance(kind, str) and COUNTS_PIXELS.fullmatch(kind)
         for key, value in part.items():
             inner = value if isinstance(value, list) else [value]
             parts += [(key, item) for item in inner if isinstance(item, dict)]
@@ -309,7 +309,7 @@ def _check_edges(file: Path, fields: dict[str, Any]) -> None:
             shortest, longest = _edge(sides, "shortest_edge"), _edge(sides, "longest_edge")
             edge, most, given = "shortest_edge", _SHORTEST_SIDE, shortest
             if longest and counts:
-                most = _FEWEST_PIXELS
+                most = FEWEST_PIXELS
             elif not shortest:
                 edge, most, given = "longest_edge", _LONGEST_SIDE, longest
             elif 0 < longest <= _LONGEST_SIDE:

@@ -23,6 +23,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from realign.data.images import decoder
 from realign.distributed import log_rank0, world_size
+from realign.modeling import quantized
 from realign.modeling.examples import Example, Leaf, leaves_of
 from realign.modeling.forest import build_batch
 from realign.modeling.layouts import image_tower
@@ -36,7 +37,8 @@ _LAYOUT = "forest-6"
 """Version of the forward; changed when the same leaf would get a different log-prob."""
 
 _NO_EFFECT = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype",
+    "transformers_version", "use_cache",
 }  # fmt: skip
 
 
@@ -53,6 +55,7 @@ def fingerprint(
     device: torch.device,
     kernels: str = "eager",
     weights: str | None = None,
+    quantize: str | None = None,
 ) -> dict[str, str]:
     """Fingerprint: everything besides the leaf that a log-prob depends on, by name.
 
@@ -67,8 +70,9 @@ def fingerprint(
         device: device of the forward. Its type counts, since bf16 rounds differently on a CPU.
         kernels: kernels of the layers, which also round differently (`ScaleConfig.kernels`).
         weights: digest of the weights, if `vlm` has none (`fsdp.shard`).
+        quantize: how `vlm` is quantized, '4bit' or '8bit', if it is.
     """
-    about = description(vlm, processor, dtype, device, kernels)
+    about = description(vlm, processor, dtype, device, kernels, quantize)
     return about | {"weights": weights or weights_digest(vlm, dtype)}
 
 
@@ -78,8 +82,12 @@ def description(
     dtype: torch.dtype,
     device: torch.device,
     kernels: str = "eager",
+    quantize: str | None = None,
 ) -> dict[str, str]:
-    """The fingerprint without the weights, so that they need not be loaded."""
+    """The fingerprint without the weights, so that they need not be loaded.
+
+    `quantize` names what is done to them, so `vlm` may be without quantization here.
+    """
     parts = (vlm, vlm.model.get_decoder(), image_tower(vlm) or vlm)
     attention = {str(part.config._attn_implementation) for part in parts}
     return {
@@ -94,7 +102,7 @@ def description(
         "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
         "transformers": transformers.__version__,
         "layout": _LAYOUT,
-    }
+    } | ({"quantize": quantized.describe(quantize)} if quantize else {})
 
 
 def _processor_digest(processor) -> str:
@@ -123,7 +131,8 @@ def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> 
         return digest.digest()
 
     saved = model.state_dict()
-    tensors = dict(model.named_buffers()) | saved  # rotary frequencies are in no state dict
+    # Rotary frequencies and scales of quantized weights are in no state dict.
+    tensors = dict(model.named_buffers()) | quantized.scales(model) | saved
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(digest_of_tensor, sorted(tensors.items()))
         return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()

@@ -20,7 +20,8 @@ import torch
 
 from realign import distributed
 from realign.config import TrainConfig
-from realign.modeling import attention, reference_logps
+from realign.data.errors import short_error
+from realign.modeling import attention, quantized, reference_logps
 from realign.modeling.attention import row_budget
 from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
@@ -37,6 +38,8 @@ from realign.training.throughput import WORK, cost_of, image_flop, process_memor
 from realign_kernels import ReferenceCache, refcache
 
 _SAMPLED = 64  # forwards laid out to estimate rows and padding
+_FEW = 4  # forwards laid out to choose activation checkpointing
+_USABLE = 0.9  # of a GPU's memory. The rest is for CUDA's context and fragments; not measured.
 
 
 def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> str:
@@ -54,11 +57,47 @@ def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> s
         pairs_of_run = Path(config.run.output) / f"pairs-seed{config.run.seed}.parquet"
         # Digit pairs are built in a scratch folder, since a dry run writes no output.
         scratch_config = replace(config, run=replace(config.run, output=scratch))
-        plan = Plan(config, prepare_pairs(config if pairs_of_run.exists() else scratch_config))
+        pairs = prepare_pairs(config if pairs_of_run.exists() else scratch_config)
+        config, reason = with_checkpointing(config, pairs)
+        plan = Plan(config, pairs)
         rows = plan.model_rows() | plan.forest() | {"steps": plan.schedule()}
+        rows |= {"checkpointing": reason} if reason else {}
         rows |= plan.memory(imports) | {"time": plan.duration(), "disk": plan.disk()}
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {text}" for name, text in rows.items())
+
+
+def with_checkpointing(config: TrainConfig, pairs: Path) -> tuple[TrainConfig, str]:
+    """The settings with activation checkpointing on or off, and the reason if it was chosen here.
+
+    If the setting is absent, it is on if the memory without it is estimated to exceed the GPU's.
+    With a process group, every rank calls it. Rank 0 decides.
+
+    Raises:
+        ValueError: for settings and records that are an error in training.
+    """
+    room, on, reason = gpu_memory(), bool(config.scale.activation_checkpointing), ""
+
+    def given(value: bool) -> TrainConfig:
+        return replace(config, scale=replace(config.scale, activation_checkpointing=value))
+
+    if room is not None and config.scale.activation_checkpointing is None:
+        plan = Plan(given(False), pairs, sampled=_FEW)
+        try:
+            needed = sum(plan.memory_parts().values())
+            reason = f"without it {_gib(needed)} of {_gib(room)} are needed, as estimated"
+        except Exception as error:  # models raise errors of many types for fake tensors
+            needed, reason = 0, f"the memory cannot be estimated ({short_error(error)})"
+        on, reason = distributed.broadcast_from_rank0(lambda: (needed > room, reason))
+        reason = f"{'on' if on else 'off'}: {reason}"
+    return given(on), reason
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the GPU that a run may use, or None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return int(_USABLE * torch.cuda.get_device_properties("cuda").total_memory)
 
 
 @dataclass
@@ -77,13 +116,14 @@ class Plan:
     Args:
         config: the settings.
         pairs: the pairs file.
+        sampled: number of forwards to sample.
 
     Raises:
         ValueError: for settings, records or a model that cannot be trained on.
     """
 
-    def __init__(self, config: TrainConfig, pairs: Path) -> None:
-        self.config, self.dtype = config, DTYPES[config.model.dtype]
+    def __init__(self, config: TrainConfig, pairs: Path, *, sampled: int = _SAMPLED) -> None:
+        self.config, self.dtype, self.sampled = config, DTYPES[config.model.dtype], sampled
         self.base = base_of(config)
         self.lora = config.model.tune == "lora"
         cuda = torch.cuda.is_available()
@@ -106,17 +146,25 @@ class Plan:
         self.model, self.objective = inputs.model, inputs.objective
         self.examples, self.store, self.vlm = inputs.examples, inputs.store, inputs.model.vlm
         self.description = reference_logps.description(
-            self.vlm, inputs.processor, self.dtype, self.device, config.scale.kernels
+            self.vlm,
+            inputs.processor,
+            self.dtype,
+            self.device,
+            config.scale.kernels,
+            config.model.quantize,
         )
         self.per_image_token = self._per_image_token()
         self.forward_cost = cost_of(self.model, self.per_image_token, backward=False)
         self.parameters = sum(p.numel() for p in self.vlm.parameters())
+        layers = quantized.linears(self.vlm) if config.model.quantize else []
+        self.quantized = [layer.get_parameter("weight") for layer in layers]
         if self.lora:
+            assert config.model.lora_rank is not None and config.model.lora_alpha is not None
             add_lora(self.vlm, config.model.lora_rank, config.model.lora_alpha)
         fsdp.wrap_layers(
             fsdp.trained_layers(self.model),
             compiled=False,  # compiled layers keep the same tensors
-            checkpointed=config.scale.activation_checkpointing,
+            checkpointed=bool(config.scale.activation_checkpointing),
         )
         self.cost = cost_of(self.model, self.per_image_token)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -145,7 +193,7 @@ class Plan:
         )
         for _, batch in steps:
             parts += [part for part, _ in micro_batches(batch[self.local], optim.micro_batch_size)]
-            if len(parts) >= _SAMPLED:
+            if len(parts) >= self.sampled:
                 break
         return parts
 
@@ -177,13 +225,17 @@ class Plan:
         """Rows for objective, model and trained parameters."""
         settings, kind = self.config.model, self.vlm.config
         how = f"LoRA of rank {settings.lora_rank} on the language model" if self.lora else "full"
+        stored = settings.dtype
+        if settings.quantize:
+            stored = f"{sum(w.numel() for w in self.quantized):,} of them in {settings.quantize}, "
+            stored += f"the rest in {settings.dtype}"
         everything = sum(p.numel() for p in self.model.parameters())
         separate = self.model.layout.separate
         sharing = "shared prompts" if separate is None else f"a prompt per response: {separate}"
         return {
             "objective": f"{self.objective.name}, {len(self.objective.leaves)} leaves",
             "model": f"{self.base}: {kind.model_type}, {self.parameters:,} parameters, "
-            f"{settings.dtype}, {self.model.attention} attention, {sharing}",
+            f"{stored}, {self.model.attention} attention, {sharing}",
             "trains": f"{how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
         }
 
@@ -237,9 +289,7 @@ class Plan:
         parts = self.memory_parts()
         if self.device.type == "cpu":
             parts["imported libraries"] = imports
-            room = _physical_memory() // self.ranks
-        else:
-            room = torch.cuda.get_device_properties(self.device).total_memory
+        room = gpu_memory() or _physical_memory() // self.ranks
         total = sum(parts.values())
         rows = {f"  {name}": _gib(size) for name, size in parts.items()}
         verdict = "" if total < room else "; it will NOT fit"
@@ -251,6 +301,11 @@ class Plan:
         stored = sum(
             p.numel() * (4 if p.requires_grad else p.itemsize) for p in self.model.parameters()
         )
+        dequantized = 0
+        if method := self.config.model.quantize:
+            sizes = [weight.numel() for weight in self.quantized]
+            stored -= sum(sizes) * self.dtype.itemsize - quantized.stored_bytes(sum(sizes), method)
+            dequantized = max(sizes) * quantized.transient_bytes(method, self.dtype)
         gathered = 0
         if self.config.sharded:
             unsharded = fsdp.unsharded_parameters(
@@ -282,6 +337,7 @@ class Plan:
         shard = self.learning // self.shards
         parts = {
             "weights": stored // self.shards,
+            "dequantized weight": dequantized,
             "gathered weights": gathered,
             "AdamW": 8 * shard,
             "activations, gradients": max(in_step, step.gradients),

@@ -56,7 +56,7 @@ def place(model: ForestModel, config: TrainConfig, device: torch.device) -> None
     scale, layers = config.scale, trained_layers(model)
     if scale.liger:
         log_rank0(liger.use(layers, device))
-    wrap_layers(layers, compiled=scale.compile, checkpointed=scale.activation_checkpointing)
+    wrap_layers(layers, compiled=scale.compile, checkpointed=bool(scale.activation_checkpointing))
     if config.sharded:
         offload, replicas = scale.cpu_offload, scale.replicas
         shard(model, device, model.dtype, replicas=replicas, cpu_offload=offload)

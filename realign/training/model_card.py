@@ -38,9 +38,11 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     trained = "all weights" if model.train_vision else "all weights except the vision tower's"
     if model.tune == "lora":
         trained = f"LoRA on the language model, rank {model.lora_rank}, alpha {model.lora_alpha:g}"
+    quantized = {"base while training": f"quantized to {model.quantize}"} if model.quantize else {}
     return {
         **loss_settings(config.loss),
         "trained weights": trained,
+        **quantized,
         "peak learning rate": optim.learning_rate,
         "weight decay": optim.weight_decay,
         "warm-up": optim.warmup,

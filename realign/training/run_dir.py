@@ -18,8 +18,12 @@ from realign.modeling import feature_cache, reference_logps
 from realign.modeling.merging import adapter_base
 from realign.training.checkpoint import Checkpoints
 
-_FREE = {"row_tokens", "micro_batch_size", "model", "pairs", "split", "image_folder", "workers"}
-"""Settings that --resume may change: without effect beyond rounding, or paths with a digest."""
+_FREE = {
+    "row_tokens", "micro_batch_size", "model", "pairs", "split", "image_folder", "workers",
+    "recipe",
+}  # fmt: skip
+"""Settings that --resume may change: without effect beyond rounding, paths with a digest, and a
+recipe, whose values are compared."""
 
 
 @contextmanager

@@ -15,12 +15,18 @@ from realign import distributed
 from realign.config import LossConfig, TrainConfig
 from realign.data.ranks import first_on_machine
 from realign.data.record_table import open_table
-from realign.modeling import feature_cache, lora_targets, reference_logps
+from realign.modeling import feature_cache, lora_targets, quantized, reference_logps
 from realign.modeling.encode import encode_table, make_objective
 from realign.modeling.examples import Examples
 from realign.modeling.feature_cache import FeatureCache
 from realign.modeling.images import ImageStore
-from realign.modeling.loading import DTYPES, add_lora, load_model, load_processor
+from realign.modeling.loading import (
+    DTYPES,
+    add_lora,
+    check_unquantized,
+    load_model,
+    load_processor,
+)
 from realign.modeling.model import ForestModel
 from realign.modeling.reference_logps import digest_of
 from realign.progress import track
@@ -53,11 +59,14 @@ def load_inputs(
     weights_dtype: torch.dtype,
     attention: str = "tree",
     meta: bool = False,
+    quantize: str | None = None,
     train_vision: bool,
     max_response_tokens: int,
     progress: bool,
     image_folder: str | None = None,
     split: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     workers: int = 1,
 ) -> Inputs:
     """Load a model and encode the pairs for it. With a process group, every rank calls it.
@@ -70,11 +79,14 @@ def load_inputs(
         weights_dtype: dtype of the weights.
         attention: attention of the language model, a key of `attention.IMPLEMENTATIONS`.
         meta: build the model without weights, which rank 0 will send.
+        quantize: see `load_model`.
         train_vision: whether the vision tower is trained.
         max_response_tokens: maximum number of tokens in a response. A longer one is an error.
         progress: whether to show a progress bar.
         image_folder: see `stream_pairs`.
         split: see `stream_pairs`.
+        min_pixels: see `set_pixels`.
+        max_pixels: see `set_pixels`.
         workers: threads that decode and preprocess images.
 
     Raises:
@@ -82,13 +94,14 @@ def load_inputs(
     """
     if Path(base).is_dir():  # the adapter's configuration names its base by an absolute path
         base = Path(base).resolve()
-    processor = load_processor(base)
+    processor = load_processor(base, min_pixels=min_pixels, max_pixels=max_pixels)
     convert = partial(track, title="reading records", unit="records", quiet=not progress)
     table = first_on_machine(lambda: open_table(pairs, image_folder, split=split, progress=convert))
     if table.skipped:
         distributed.log_rank0(f"skipped records of {pairs}: {table.skipped_text}")
     objective = make_objective(loss, table)
-    vlm = load_model(base, weights_dtype, attention, meta=meta)
+    check_unquantized(base, quantize)
+    vlm = load_model(base, weights_dtype, attention, meta=meta, quantize=quantize)
     model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
     examples = encode_table(
         table,
@@ -116,11 +129,14 @@ def training_inputs(
         weights_dtype=dtype if config.model.tune == "lora" else torch.float32,
         attention=attention,
         meta=meta,
+        quantize=config.model.quantize,
         train_vision=config.model.train_vision,
         max_response_tokens=config.data.max_response_tokens,
         progress=progress,
         image_folder=config.data.image_folder,
         split=config.data.split,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
         workers=distributed.workers_of_rank(config.data.workers),
     )
 
@@ -193,13 +209,17 @@ def set_up(
     meta = rank > 0  # weights come from rank 0
     inputs = training_inputs(config, pairs, attention, meta=meta, progress=progress)
     model = inputs.model
-    fingerprint = shared_fingerprint(inputs, device, config.scale.kernels)
+    fingerprint = shared_fingerprint(inputs, device, config.scale.kernels, settings.quantize)
     digests = {"base": fingerprint["weights"], "pairs": digest_of(inputs.examples)}
     if done:
         check_settings(config, **digests)
     adapter = None
+    if settings.quantize:
+        text = quantized.summary(model.vlm, settings.quantize)
+        distributed.log_rank0(f"the language model is quantized: {text}")
     if settings.tune == "lora":
         torch.manual_seed(config.run.seed)
+        assert settings.lora_rank is not None and settings.lora_alpha is not None
         adapter = add_lora(model.vlm, settings.lora_rank, settings.lora_alpha)
         distributed.log_rank0(lora_targets.share(model.vlm))
     fsdp.place(model, config, device)
@@ -225,12 +245,16 @@ def set_up(
 
 
 def shared_fingerprint(
-    inputs: Inputs, device: torch.device, kernels: str = "eager"
+    inputs: Inputs,
+    device: torch.device,
+    kernels: str = "eager",
+    quantize: str | None = None,
 ) -> dict[str, str]:
     """`reference_logps.fingerprint` on all ranks, with the weights' digest of rank 0."""
     vlm, dtype = inputs.model.vlm, inputs.model.dtype
     weights = distributed.broadcast_from_rank0(lambda: reference_logps.weights_digest(vlm, dtype))
-    return reference_logps.fingerprint(vlm, inputs.processor, dtype, device, kernels, weights)
+    processor = inputs.processor
+    return reference_logps.fingerprint(vlm, processor, dtype, device, kernels, weights, quantize)
 
 
 def reference_pass(run: Run) -> torch.Tensor:
@@ -274,7 +298,17 @@ def restore(run: Run) -> None:
         distributed.log_rank0(
             f"there is no checkpoint in {config.run.output} yet; starting at the first step"
         )
-    trained = sum(p.numel() for p in run.trained)
+    trained, settings = sum(p.numel() for p in run.trained), config.model
+    how = (
+        "all weights"
+        if settings.tune == "full"
+        else (f"LoRA of rank {settings.lora_rank}, alpha {settings.lora_alpha:g}")
+    )
+    recipe = f", recipe {settings.recipe}" * (settings.recipe is not None)
+    distributed.log_rank0(
+        f"training {how}, peak learning rate {config.optim.learning_rate:g}, {settings.dtype}"
+        f"{recipe}"
+    )
     distributed.log_rank0(
         f"{inputs.objective.name}: {len(inputs.examples):,} records, {len(inputs.store):,} "
         f"distinct images, {trained:,} trained parameters, {run.total:,} steps of "

@@ -114,9 +114,7 @@ def test_a_processor_of_another_model_is_refused():
         made("llava")[1], processor, OBJECTIVE, layout=model.layout, max_response_tokens=64,
         max_tokens=512, progress=False,
     )  # fmt: skip
-    with pytest.raises(
-        ValueError, match="plain forward of .* 'llava' fails .*Check its pat"
-    ):
+    with pytest.raises(ValueError, match="plain forward of .* 'llava' fails .*Check its pat"):
         lines(model, examples, store)
 
 

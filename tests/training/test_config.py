@@ -19,17 +19,17 @@ from realign_kernels import objectives
 # The options with their defaults, listed so that adding one is a deliberate change.
 OPTIONS = {
     config.ModelConfig: """
-        model=None tune=lora lora_rank=128 lora_alpha=256.0 train_vision=False dtype=auto
-        attention=auto""",
+        model=None tune=lora recipe=None lora_rank=None lora_alpha=None train_vision=False
+        dtype=auto quantize=None attention=auto""",
     config.DataConfig: """
-        pairs=None split=None image_folder=None max_response_tokens=1024 workers=None
-        row_tokens=0""",
+        pairs=None split=None image_folder=None min_pixels=None max_pixels=None
+        max_response_tokens=1024 workers=None row_tokens=0""",
     config.LossConfig: "objective=rdpo beta=0.1 visual_weight=1.0",
     config.OptimConfig: """
         learning_rate=0.0 weight_decay=0.0 warmup=0.03 clip=1.0 batch_size=32 micro_batch_size=16
         epochs=1.0 steps=0""",
     config.ScaleConfig: """
-        fsdp=False nproc_per_node=0 replicas=1 activation_checkpointing=False cpu_offload=False
+        fsdp=False nproc_per_node=0 replicas=1 activation_checkpointing=None cpu_offload=False
         compile=False liger=False""",
     config.RunConfig: """
         output=runs/rdpo reference_cache=None cache_vision=False seed=0 save_every=50 keep=2
@@ -37,9 +37,9 @@ OPTIONS = {
         quiet=False""",
     CacheConfig: "reference_cache=None",
     FillConfig: """
-        pairs=None split=None image_folder=None model=None objective=rdpo dtype=auto attention=tree
-        max_response_tokens=1024 workers=None row_tokens=0 batch_rows=32 fsdp=False nproc_per_node=0
-        quiet=False""",
+        pairs=None split=None image_folder=None model=None objective=rdpo dtype=auto quantize=None
+        attention=tree min_pixels=None max_pixels=None max_response_tokens=1024 workers=None
+        row_tokens=0 batch_rows=32 fsdp=False nproc_per_node=0 quiet=False""",
     PairsConfig: """
         output=runs/pairs.parquet data=None split=None format=auto image_folder=None model=None
         embed_model=None dtype=fp32 scenes=1024 answer=None keep_target=0.8 k=10 reach=None
@@ -81,6 +81,7 @@ def test_option_names_are_unique_over_the_sections_of_training():
     defaults = {section: {f.name: f.default for f in fields(cls)} for section, cls in sections}
     defaults["optim"]["learning_rate"] = 5e-5  # 0 chooses by model
     defaults["model"]["attention"] = "tree"  # auto
+    defaults["model"] |= {"lora_rank": 32, "lora_alpha": 64.0}  # None
     defaults["model"]["dtype"] = "bf16" if torch.cuda.is_available() else "fp32"  # auto
     assert config.TrainConfig().to_dict() == defaults
     assert config.parse(["--compile"]).model.attention == "tree"
@@ -92,6 +93,35 @@ def test_option_names_are_unique_over_the_sections_of_training():
 )
 def test_the_learning_rate_suits_the_model(arguments, rate):
     assert config.parse(arguments).optim.learning_rate == rate
+
+
+def test_the_recipe_sets_the_values_of_the_paper():
+    """Xing et al., arXiv 2502.13146: rank 128, alpha 256, 1e-5, 4 x 8 records, one epoch."""
+    found = config.parse(["--recipe", "paper"])
+    model, optim, loss = found.model, found.optim, found.loss
+    assert (model.tune, model.lora_rank, model.lora_alpha) == ("lora", 128, 256)
+    assert (optim.learning_rate, optim.warmup, optim.weight_decay) == (1e-5, 0.03, 0)
+    assert (optim.batch_size, optim.epochs, loss.objective, loss.beta) == (32, 1, "rdpo", 0.1)
+    assert found.to_dict()["model"]["recipe"] == "paper"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rank", "alpha", "rate"),
+    [
+        (["--lora-rank", "8"], 8, 16, 5e-5),
+        (["--recipe", "paper", "--lora-rank", "16"], 16, 32, 1e-5),
+        (["--recipe", "paper", "--lora-alpha", "9", "--learning-rate", "2"], 128, 9, 2),
+        (["--recipe", "paper", "--tune", "full"], None, None, 1e-5),
+    ],
+)
+def test_given_options_override_the_recipe(arguments, rank, alpha, rate, tmp_path):
+    found = config.parse(arguments)
+    assert (found.model.lora_rank, found.model.lora_alpha) == (rank, alpha)
+    assert found.optim.learning_rate == rate
+    file = tmp_path / "run.toml"
+    file.write_text('[model]\nrecipe = "paper"\n[optim]\nlearning_rate = 3.0\n')
+    from_file = config.parse(["--config", str(file), *arguments])
+    assert from_file.optim.learning_rate == (2 if rate == 2 else 3)
 
 
 @pytest.mark.parametrize(("cuda", "found"), [(True, "bf16"), (False, "fp32")])
@@ -220,6 +250,8 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
             ["--tune", "full", "--cache-vision"],
             "--cache-vision keeps.* Leave it out, or use --tune",
         ),
+        (["--tune", "full", "--lora-rank", "128"], "--lora-rank or --lora-alpha would have no eff"),
+        (["--recipe", "released"], "recipe is 'released'; it must be one of paper"),
         (["--tune", "full", "--merge"], "--merge would have no effect.* or use --tune lora"),
         (["--beta", "0"], "beta is 0.0; it must be finite and above 0"),
         (["--beta", "nan"], "beta is nan"),

@@ -1,9 +1,11 @@
 """The plan of a run: its counts, and its memory against real training processes."""
 
+import json
+
 import pytest
 import torch
 from forked_ranks import CONTEXT
-from runs import encoded
+from runs import arguments, encoded
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -20,7 +22,7 @@ from realign.modeling.images import ImageStore
 from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
 from realign.train import main
-from realign.training import memory, throughput
+from realign.training import dry_run, fsdp, memory, throughput
 from realign.training.dry_run import Plan
 
 
@@ -174,6 +176,55 @@ def test_a_plan_of_more_images_than_are_kept(pairs_file, tmp_path, capsys, monke
     assert set(kept) - {*capsys.readouterr().out.splitlines()} <= {
         line for line in kept if "imported libraries" in line or "free" in line
     }
+
+
+@pytest.mark.parametrize(("room", "on"), [(1 << 20, True), (1 << 40, False)])
+def test_checkpointing_is_on_if_the_run_does_not_fit_without(
+    room, on, pairs_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(dry_run, "gpu_memory", lambda: room)
+    kept, wrap = [], fsdp.wrap_layers
+    monkeypatch.setattr(
+        fsdp, "wrap_layers", lambda *a, **how: (kept.append(how["checkpointed"]), wrap(*a, **how))
+    )
+    given = arguments(pairs_file, tmp_path / "run", steps=1)
+    plan = shown(capsys, *given, "--dry-run")
+    state = "on" if on else "off"
+    assert f"checkpointing {state}: without it 0." in plan["checkpointing"]
+    assert "as estimated" in plan["checkpointing"]
+    assert ("will NOT fit" in plan["memory, cpu"]) == on
+    assert kept == [False, on]  # the estimate, then the plan
+    assert main(given) == 0
+    assert f"activation checkpointing is {state}: without it " in capsys.readouterr().out
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert identity["config"]["scale"]["activation_checkpointing"] is on
+    assert kept == [False, on, False, on]
+    # A flag is obeyed without an estimate.
+    config = parse(
+        [*given, "--no-activation-checkpointing" if on else "--activation-checkpointing"]
+    )
+    found, reason = dry_run.with_checkpointing(config, pairs_file)
+    assert found.scale.activation_checkpointing is not on and reason == ""
+
+
+def test_a_failed_estimate_leaves_checkpointing_off(pairs_file, tmp_path, monkeypatch):
+    def fails(plan):
+        raise NotImplementedError("no fake kernel")
+
+    monkeypatch.setattr(dry_run, "gpu_memory", lambda: 1)
+    monkeypatch.setattr(Plan, "memory_parts", fails)
+    config = parse(arguments(pairs_file, tmp_path))
+    found, reason = dry_run.with_checkpointing(config, pairs_file)
+    assert found.scale.activation_checkpointing is False
+    assert reason.startswith("off: the memory cannot be estimated (") and "no fake kernel" in reason
+
+
+def test_no_gpu_needs_no_estimate(pairs_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "Plan", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = parse(arguments(pairs_file, tmp_path))
+    found, reason = dry_run.with_checkpointing(config, pairs_file)
+    assert found.scale.activation_checkpointing is False and reason == ""
 
 
 def test_a_merged_model_takes_the_disk_space_of_its_base(pairs_file, llava, tmp_path, capsys):
