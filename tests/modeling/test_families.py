@@ -268,7 +268,7 @@ END_TOKENS = {
 
 @pytest.fixture(scope="session")
 def cell(tmp_path_factory):
-    """Runs a property of a family once per session, whichever worker of pytest-xdist needs it."""
+    """Runs a property of a family once per session, for all workers of pytest-xdist."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
