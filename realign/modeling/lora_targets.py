@@ -55,10 +55,11 @@ class Layer(NamedTuple):
         """Whether transformers calls it as fused experts, so that its forward reads its weights."""
         return bool(self.fused) and hasattr(self.module, "is_transposed")
 
-    def is_router(self, experts: set[int]) -> bool:
-        """Whether it is a linear layer that chooses among a number of experts in `experts`."""
-        width = getattr(self.module, "out_features", None)
-        return width in experts and not _ROUTERS.isdisjoint(self.name.split("."))
+    def is_router(self, counts: set[int]) -> bool:
+        """Whether it chooses among a number of experts in `counts`."""
+        weights = [p for p in self.module.parameters(recurse=False) if p.dim() == 2]
+        named = not _ROUTERS.isdisjoint(self.name.split("."))
+        return named and any(len(weight) in counts for weight in weights)
 
 
 def layers_of(module: nn.Module, name: str = "") -> Iterator[Layer]:
@@ -75,22 +76,20 @@ def layers_of(module: nn.Module, name: str = "") -> Iterator[Layer]:
 
 
 class Targets(NamedTuple):
-    """Layers of a language model that can have LoRA."""
+    """Layers of a language model: those that get LoRA, and routers, which stay frozen."""
 
     linear: list[Layer]
     experts: list[Layer]
+    routers: list[Layer]
 
 
 def targets_of(layers: list[Layer]) -> Targets:
-    """The linear layers except routers, and the modules with fused experts."""
+    """The linear layers except routers, the modules with fused experts, and the routers."""
     experts = [layer for layer in layers if layer.is_experts]
     counts = {len(layer.module.get_parameter(n)) for layer in experts for n in layer.fused}
-    linear = [
-        layer
-        for layer in layers
-        if isinstance(layer.module, _LINEAR) and not layer.is_router(counts)
-    ]
-    return Targets(linear, experts)
+    routers = [layer for layer in layers if layer.is_router(counts)]
+    linear = [m for m in layers if isinstance(m.module, _LINEAR) and m not in routers]
+    return Targets(linear, experts, routers)
 
 
 def _language_model(model: PreTrainedModel) -> tuple[str, list[Layer]]:
@@ -108,7 +107,7 @@ def config_for(model: PreTrainedModel, rank: int, alpha: float) -> LoraConfig:
     rank is the same everywhere.
     """
     prefix, layers = _language_model(model)
-    linear, experts = targets_of(layers)
+    linear, experts, _ = targets_of(layers)
     names = {layer.name for layer in linear}
     parameters = [f"{layer.name}.{name}" for layer in experts for name in layer.fused]
     config = model.config.get_text_config()
@@ -154,7 +153,7 @@ def check(model: PreTrainedModel) -> None:
         ValueError: with the names of the layers, for a version of PEFT that chose others.
     """
     prefix, layers = _language_model(model)
-    linear, experts = targets_of(layers)
+    linear, experts, _ = targets_of(layers)
     wanted = {(layer.name, "weight") for layer in linear}
     wanted |= {(layer.name, name) for layer in experts for name in layer.fused}
     found = {(layer.name, name) for layer in layers_of(model) for name in layer.adapted}
@@ -174,7 +173,7 @@ def share(model: PreTrainedModel) -> str:
         model: the model of transformers, with adapters in it.
     """
     _, layers = _language_model(model)
-    linear, experts = targets_of(layers)
+    linear, experts, routers = targets_of(layers)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sizes = [(_size(layer, n), n in layer.adapted) for layer in layers for n in _names(layer)]
     whole = sum(size for size, _ in sizes)
@@ -184,7 +183,8 @@ def share(model: PreTrainedModel) -> str:
         f"{whole / 1e6:.4g} M: {_count(linear)} linear layers"
     )
     if experts:
-        line += f", {_count(experts)} modules of fused experts; routers stay frozen"
+        frozen = "" if any(m.adapted for m in routers) else "; routers stay frozen"
+        line += f", {_count(experts)} modules of fused experts{frozen}"
     if unknown := {type(m.module).__name__ for m in layers if m.fused and not m.is_experts}:
         line += f"; 3-D weights of {', '.join(sorted(unknown))} have no adapter"
     return line

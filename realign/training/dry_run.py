@@ -286,7 +286,11 @@ class Plan:
 
     def memory(self, imports: int) -> dict[str, str]:
         """Rows for the peak memory of a rank, by part."""
-        parts = self.memory_parts()
+        try:
+            parts = self.memory_parts()
+        except memory.READS_VALUES:
+            kind = self.vlm.config.model_type
+            return {"memory": f"not estimated: {kind} reads values that fake tensors lack"}
         if self.device.type == "cpu":
             parts["imported libraries"] = imports
         room = gpu_memory() or _physical_memory() // self.ranks
@@ -298,54 +302,23 @@ class Plan:
 
     def memory_parts(self) -> dict[str, int]:
         """Peak bytes of a rank by part, without imports."""
-        stored = sum(
-            p.numel() * (4 if p.requires_grad else p.itemsize) for p in self.model.parameters()
-        )
-        dequantized = 0
-        if method := self.config.model.quantize:
-            sizes = [weight.numel() for weight in self.quantized]
-            stored -= sum(sizes) * self.dtype.itemsize - quantized.stored_bytes(sum(sizes), method)
-            dequantized = max(sizes) * quantized.transient_bytes(method, self.dtype)
-        gathered = 0
-        if self.config.sharded:
-            unsharded = fsdp.unsharded_parameters(
-                self.model, self.dtype, self.ranks, self.config.scale.cpu_offload
-            )
-            everything, *layers = (
-                sum(p.numel() for p in part.parameters() if p not in unsharded)
-                for part in (self.model, *self.model.layers)
-            )
-            root = everything - sum(layers)
-            gathered = (root + 2 * max(layers)) * self.dtype.itemsize
         largest = max(self.layouts, key=lambda layout: layout.rows * layout.columns)
         batch = self._batch(largest.batch)
         assert batch.images is not None
         sizes = [value.nbytes for call in batch.images.calls for value in call.values()]
         image = sum(sizes) // len(batch.images.tokens)
-        with memory.fake_tensors(self.device):
-            memory.give_fake_storage(self.model, self.device, self.dtype)
-            step = memory.measure(
-                self.model,
-                batch,
-                self.device,
-                forwards=self.forwards,
-                ranks=self.shards,
-                sharded=self.config.sharded,
-            )
-        cpu = self.device.type == "cpu"
-        in_step = round(max(step.training, step.reference) * (memory.HEAP if cpu else 1))
-        shard = self.learning // self.shards
-        parts = {
-            "weights": stored // self.shards,
-            "dequantized weight": dequantized,
-            "gathered weights": gathered,
-            "AdamW": 8 * shard,
-            "activations, gradients": max(in_step, step.gradients),
-        }
-        if self.config.scale.cpu_offload:  # weights and AdamW are in host memory
-            parts |= {"weights": 0, "AdamW": 0, "activations, gradients": in_step}
-        if cpu:
-            parts["checkpoint being written"] = 12 * shard
+        parts = rank_memory(
+            self.model,
+            batch,
+            self.config,
+            self.device,
+            forwards=self.forwards,
+            ranks=self.ranks,
+            quantized_weights=[weight.numel() for weight in self.quantized],
+            heap=memory.HEAP if self.device.type == "cpu" else 1.0,
+        )
+        if self.device.type == "cpu":
+            parts["checkpoint being written"] = 12 * (self.learning // self.shards)
             parts["images"] = min(len(self.store) * image, ImageStore.CACHE_BYTES)
             parts["process"] = memory.PROCESS
         return {name: size for name, size in parts.items() if size}
@@ -379,6 +352,65 @@ class Plan:
             f"{self.config.run.keep + 1} checkpoints of {_gib(12 * self.learning)} (one is being "
             f"written), final model {_gib(final)}; {_gib(shutil.disk_usage(place).free)} free"
         )
+
+
+def rank_memory(
+    model: ForestModel,
+    batch: ForestBatch,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    forwards: int,
+    ranks: int = 1,
+    quantized_weights: Sequence[int] = (),
+    heap: float = 1.0,
+) -> dict[str, int]:
+    """Peak bytes of one rank for weights, optimizer, activations and gradients.
+
+    Args:
+        model: the model on the meta device, with its adapters and wrapped layers. It gets fake
+            tensors, so it cannot be used again.
+        batch: the largest micro-batch, on the CPU.
+        config: the settings.
+        device: device of the fake tensors.
+        forwards: micro-batches in a step of one rank.
+        ranks: number of ranks.
+        quantized_weights: sizes of the weights that `config` quantizes.
+        heap: resident bytes per byte of live tensors in a step.
+    """
+    dtype, shards = model.dtype, ranks // config.scale.replicas
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = sum(p.numel() * (4 if p.requires_grad else p.itemsize) for p in model.parameters())
+    dequantized = gathered = 0
+    if method := config.model.quantize:
+        total = sum(quantized_weights)
+        stored -= total * dtype.itemsize - quantized.stored_bytes(total, method)
+        dequantized = max(quantized_weights) * quantized.transient_bytes(method, dtype)
+    if config.sharded:
+        offloads = config.scale.cpu_offload
+        unsharded = fsdp.unsharded_parameters(model, dtype, ranks, offloads)
+        everything, *layers = (
+            sum(p.numel() for p in part.parameters() if p not in unsharded)
+            for part in (model, *model.layers)
+        )
+        root = everything - sum(layers)
+        gathered = (root + 2 * max(layers)) * dtype.itemsize
+    with memory.fake_tensors(device):
+        memory.give_fake_storage(model, device, dtype)
+        step = memory.measure(
+            model, batch, device, forwards=forwards, ranks=shards, sharded=config.sharded
+        )
+    in_step = round(max(step.training, step.reference) * heap)
+    parts = {
+        "weights": stored // shards,
+        "dequantized weight": dequantized,
+        "gathered weights": gathered,
+        "AdamW": 8 * (trained // shards),
+        "activations, gradients": max(in_step, step.gradients),
+    }
+    if config.scale.cpu_offload:  # weights and AdamW are in host memory
+        parts |= {"weights": 0, "AdamW": 0, "activations, gradients": in_step}
+    return parts
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

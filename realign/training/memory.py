@@ -160,15 +160,14 @@ def measure(
 
 
 def _with_features(model: ForestModel, batch: ForestBatch) -> ForestBatch:
-    """The same batch with image features, as lists, so that the tower is skipped."""
+    """The same batch with image features, as lists, so that the tower is skipped.
+
+    Features for deeper layers are left out. Qwen3-VL adds them at places that it finds by value.
+    """
     assert batch.images is not None
-    config = model.vlm.config
-    width = config.get_text_config().hidden_size
-    levels = getattr(config.vision_config, "deepstack_visual_indexes", None) or ()
-    names = ["list", *(f"deepstack.{level}" for level in range(len(levels)))]
+    width = model.vlm.config.get_text_config().hidden_size
     features = tuple(
-        {name: torch.empty(tokens, width, dtype=model.dtype) for name in names}
-        for tokens in batch.images.tokens
+        {"list": torch.empty(tokens, width, dtype=model.dtype)} for tokens in batch.images.tokens
     )
     return replace(batch, images=None, features=features)
 

@@ -241,6 +241,9 @@ def test_the_line_names_the_share_that_learns():
     vlm, _ = make("qwen3_vl_moe")
     get_peft_model(vlm, LoraConfig(target_modules=r".*language_model.*\.(q|v)_proj"))
     assert ": 4 of 8 linear layers, 0 of 2 modules of fused experts" in lora_targets.share(vlm)
+    vlm, _ = make("qwen3_vl_moe")
+    get_peft_model(vlm, LoraConfig(target_modules=["q_proj"], target_parameters=["gate.weight"]))
+    assert lora_targets.share(vlm).endswith("2 of 8 linear layers, 0 of 2 modules of fused experts")
 
 
 class Unknown(nn.Module):

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import tiny_vlms
 import torch
 from forked_ranks import CONTEXT
 from runs import arguments, encoded
@@ -205,6 +207,22 @@ def test_checkpointing_is_on_if_the_run_does_not_fit_without(
     )
     found, reason = dry_run.with_checkpointing(config, pairs_file)
     assert found.scale.activation_checkpointing is not on and reason == ""
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+def test_models_that_read_values_have_a_plan(family, tmp_path, capsys):
+    """Qwen3-VL finds the places of images in its layers. Qwen3.5 cannot be estimated."""
+    vlm, processor = tiny_vlms.make(family)
+    for part in (vlm, processor):
+        part.save_pretrained(tmp_path / "model")
+    rng, pairs = np.random.default_rng(0), tmp_path / "pairs.parquet"
+    write_pairs(pairs, [tiny_vlms.random_record(family, processor, rng) for _ in range(2)])
+    given = arguments(pairs, tmp_path / "run", "--model", tmp_path / "model", "--batch-size", 2)
+    plan = shown(capsys, *given, "--dry-run")
+    if family == "qwen3_vl":
+        assert plan["memory, cpu"].endswith("GiB for a rank, estimated")
+    else:
+        assert plan["memory"].endswith("not estimated: qwen3_5 reads values that fake tensors lack")
 
 
 def test_a_failed_estimate_leaves_checkpointing_off(pairs_file, tmp_path, monkeypatch):
