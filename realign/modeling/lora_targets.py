@@ -103,8 +103,7 @@ def config_for(model: PreTrainedModel, rank: int, alpha: float) -> LoraConfig:
     """The configuration of LoRA on all linear layers and fused experts of the language model.
 
     An expert's rank is `rank` divided by the number of experts that a token uses. A token then has
-    as many learned weights in experts as in a linear layer (thinkingmachines.ai/blog/lora). alpha /
-    rank is the same everywhere.
+    as many learned weights in experts as in a linear layer. alpha / rank is the same everywhere.
     """
     prefix, layers = _language_model(model)
     linear, experts, _ = targets_of(layers)

@@ -267,7 +267,7 @@ def _plain_inputs(
     columns continue with the last value, which is that of text.
     """
     processor, layout = store.processor, store.layout
-    template = ChatTemplate(processor)
+    template = ChatTemplate(processor, layout.ends)
     prompt = template.prompt(record.prompt, len(record.images))
     root, leaf = example.roots[0], example.leaves[place]
     ids = torch.from_numpy(np.concatenate([root.ids, leaf.ids]))[None]
