@@ -35,13 +35,14 @@ from family_cases import (
     truth_of_prompts,
     with_lora,
 )
-from family_ranks import run_all
+from family_ranks import run
 from forked_ranks import run_ranks
 from tiny_more import CASES
 from tiny_vlms import make
 from transformers import AutoModelForImageTextToText
 
 from realign import distributed
+from realign.files import replacing
 from realign.modeling import layouts
 from realign.modeling.forest import build_batch
 from realign.modeling.model import ForestModel
@@ -50,7 +51,7 @@ from realign_kernels import objectives
 
 
 @functools.cache
-def log_probs_are_the_same(family, attention="sdpa"):
+def log_probs_are_the_same(family, attention):
     vlm, _ = make(family, attention=attention)
     model = ForestModel(vlm).eval()
     examples, store = encoded(family, model)
@@ -65,7 +66,12 @@ def log_probs_are_the_same(family, attention="sdpa"):
         assert len(batch.input_ids) == 3 * len(examples)
         assert (batch.leaf_sums(model.logps(batch)) - true).abs().max() < LOGP_TOLERANCE
     assert true.std() > 1
-    return "yes" if model.layout.shares_prefix else "no"
+    return "yes" if model.layout.shares_prefix else "no", model.attention
+
+
+def shares_prefix(family):
+    """Whether responses share their prompt; log-probs are the same either way."""
+    return log_probs_are_the_same(family, "sdpa")[0]
 
 
 @functools.cache
@@ -86,15 +92,16 @@ def prompts_are_the_same(family):
     return "yes"
 
 
+@functools.cache
 def attentions(family):
     """The attention implementations of the language model, the default first."""
     used = []
     for attention in ("tree", "flash", "sdpa", "eager"):
-        log_probs_are_the_same(family, attention)
-        used.append(ForestModel(make(family, attention=attention)[0]).attention)
+        used.append(log_probs_are_the_same(family, attention)[1])
     return ", ".join(dict.fromkeys(used))
 
 
+@functools.cache
 def images_pass_the_tower_once(family):
     vlm, _ = make(family)
     model = ForestModel(vlm).eval()
@@ -115,6 +122,7 @@ def images_pass_the_tower_once(family):
     return "yes"
 
 
+@functools.cache
 def full_gradients_are_the_same(family):
     """With the tower trained, and with it frozen, when the layers after it still learn.
 
@@ -149,6 +157,7 @@ def full_gradients_are_the_same(family):
     return "yes"
 
 
+@functools.cache
 def lora_gradients_are_the_same(family):
     vlm, model, examples, store = with_lora(family)
     language = vlm.model.get_decoder()
@@ -165,6 +174,7 @@ def lora_gradients_are_the_same(family):
     return "yes, with experts" if any(".experts." in name for name in found) else "yes"
 
 
+@functools.cache
 def checkpointed_layers_are_the_same(family, attention="sdpa"):
     vlm, model, examples, store = with_lora(family, attention)
     forest_loss(model, examples, store)
@@ -181,6 +191,7 @@ def checkpointed_layers_are_the_same(family, attention="sdpa"):
     return "yes"
 
 
+@functools.cache
 def sharded_models_are_the_same(family, attention="sdpa"):
     """One rank has all hooks of FSDP2. test_scale.py tests several ranks."""
     plain, _ = make(family, attention=attention)
@@ -201,17 +212,12 @@ def sharded_models_are_the_same(family, attention="sdpa"):
     return "yes"
 
 
-@functools.cache
-def two_ranks():
-    """What two ranks found for each family, on half of the records each."""
+def two_ranks_are_the_same(families):
+    """Each trains half of the records."""
     with tempfile.TemporaryDirectory() as folder:
-        output = run_ranks(run_all, 2, f"{folder}/log", MOST_USED)
-    return dict(re.findall(r"compared (\S+): (.+)", output))
-
-
-def two_ranks_are_the_same(family):
-    moved = re.fullmatch(r"(\d+) gradients", two_ranks()[family])
-    assert moved and int(moved[1]) >= 20, two_ranks()[family]
+        output = run_ranks(run, 2, f"{folder}/log", families)
+    moved = dict(re.findall(r"(\S+) gradients: (\d+)", output))
+    assert [*moved] == [*families] and all(int(count) >= 20 for count in moved.values()), output
     return "yes"
 
 
@@ -229,14 +235,14 @@ def refusal(kind):
 
 
 COLUMNS = {
-    "shares prefix": log_probs_are_the_same,
+    "shares prefix": shares_prefix,
     "prompts": prompts_are_the_same,
-    "full": functools.cache(full_gradients_are_the_same),
-    "LoRA": functools.cache(lora_gradients_are_the_same),
+    "full": full_gradients_are_the_same,
+    "LoRA": lora_gradients_are_the_same,
     "vision once": images_pass_the_tower_once,
     "2 ranks": two_ranks_are_the_same,
-    "FSDP": functools.cache(sharded_models_are_the_same),
-    "checkpointing": functools.cache(checkpointed_layers_are_the_same),
+    "FSDP": sharded_models_are_the_same,
+    "checkpointing": checkpointed_layers_are_the_same,
     "attention": attentions,
 }
 OF_ALL = ("shares prefix", "prompts", "full", "LoRA")
@@ -244,7 +250,7 @@ MOST_USED = (
     "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen2_5_vl", "internvl-qwen3", "glm4v_moe", "gemma3",
     "gemma4-vision", "minicpmv4_6", "mistral3",
 )  # fmt: skip
-"""The families that two ranks train."""
+"""The families that two ranks train, one after the other."""
 
 ATTENDING = (*FAMILIES, *MOST_USED, "kimi_k25", "internvl-gpt_oss", "molmo2", "lfm2_vl")
 """The families whose attention implementations are all run."""
@@ -252,7 +258,7 @@ ATTENDING = (*FAMILIES, *MOST_USED, "kimi_k25", "internvl-gpt_oss", "molmo2", "l
 CELLS = [
     (family, column) for family in MODELS for column in COLUMNS
     if column in OF_ALL
-    or family in {"2 ranks": MOST_USED, "attention": ATTENDING}.get(column, FAMILIES)
+    or family in {"2 ranks": (), "attention": ATTENDING}.get(column, FAMILIES)
 ]  # fmt: skip
 END_TOKENS = {
     "</s>", "<|im_end|>", "<end_of_utterance>", "<end_of_turn>", "<turn|>", "<eos>", "<|eot_id|>",
@@ -260,9 +266,30 @@ END_TOKENS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def cell(tmp_path_factory):
+    """Runs a property of a family once per session, for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def run_once(family, column):
+        done = folder / f"{column} of {family if isinstance(family, str) else len(family)}"
+        if not done.exists():
+            found = COLUMNS[column](family)
+            with replacing(done) as file:
+                file.write(found.encode())
+        return done.read_text()
+
+    return run_once
+
+
 @pytest.mark.parametrize(("family", "column"), CELLS)
-def test_a_property_of_a_family(family, column):
-    assert COLUMNS[column](family)
+def test_a_property_of_a_family(cell, family, column):
+    assert cell(family, column)
+
+
+def test_two_ranks(cell):
+    assert cell(MOST_USED, "2 ranks")
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -275,12 +302,12 @@ def test_varlen_attention_trains_the_same(column):
     assert COLUMNS[column]("llava", "flash")
 
 
-def test_the_table_in_docs_matches_these_results():
+def test_the_table_in_docs_matches_these_results(cell):
     lines = ["| models | type | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for family, models in MODELS.items():
-        cells = [
-            check(family) if (family, column) in CELLS else "" for column, check in COLUMNS.items()
-        ]
+        cells = [cell(family, name) if (family, name) in CELLS else "" for name in COLUMNS]
+        if family in MOST_USED:
+            cells[[*COLUMNS].index("2 ranks")] = cell(MOST_USED, "2 ranks")
         kind = CASES[family].kind if family in CASES else family
         lines.append(f"| {models} | `{kind}` | " + " | ".join(cells) + " |")
     lines += ["", "| models | type | refused |", "|---|---|---|"]
