@@ -2,12 +2,14 @@
 
     python -m benchmarks.cards          # writes the table, in minutes
 
+Two models with few layers are traced, and the rest follows, since memory is linear in the layers.
 cards.json holds the sizes of public models, from the config.json of each on the Hub. The number of
 parameters that they give equals the published one exactly.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -42,13 +44,17 @@ CARDS = (24, 48, 80)  # GB
 USABLE = 0.9  # of a card, as in `dry_run.gpu_memory`
 PROMPT, RESPONSE = 64, 128  # tokens of text
 FORWARDS = 8  # of one record, in a step
+_IN_A_TENSOR = ("gemma3", "internvl")
+"""Model types that take the features of several images as one tensor, not as a list."""
 _BEGIN, _END = "<!-- cards -->\n", "<!-- /cards -->"
 
 
-def built(name: str) -> PreTrainedModel:
-    """A model on the meta device in bf16."""
+def built(name: str, layers: int | None = None) -> PreTrainedModel:
+    """A model on the meta device in bf16, with all layers or fewer."""
     kinds = {"": "sdpa", "text_config": IMPLEMENTATIONS["flash"]}
-    config = AutoConfig.for_model(**MODELS[name]["config"])
+    settings = copy.deepcopy(MODELS[name]["config"])
+    settings["text_config"]["num_hidden_layers"] = layers or _layers(name)
+    config = AutoConfig.for_model(**settings)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(
             config, dtype=torch.bfloat16, attn_implementation=kinds
@@ -62,10 +68,11 @@ def one_record(model: ForestModel, image_tokens: int) -> ForestBatch:
     deeper layers are left out, as in `memory.measure`.
     """
     text = model.vlm.config.get_text_config()
+    form = "tensor" if model.vlm.config.model_type in _IN_A_TENSOR else "list"
     feature = torch.empty(image_tokens, text.hidden_size, dtype=model.dtype)
     store = SimpleNamespace(
         layout=model.layout,
-        features={key: {"list": feature} for key in ("own", "retrieved")},
+        features={key: {form: feature} for key in ("own", "retrieved")},
         grids=lambda keys: {},
     )
     image = np.full(image_tokens, model.layout.image_token_id)
@@ -85,16 +92,22 @@ def estimate(name: str, method: str, *, checkpointed: bool) -> float:
     flags = ["--dtype", "bf16", "--model", name, "--pairs", "pairs", *METHODS[method]]
     config = parse(flags)
     config = replace(config, scale=replace(config.scale, activation_checkpointing=checkpointed))
-    return sum(_parts(name, config).values()) / 2**30
+    few = 6 if MODELS[name]["config"]["model_type"] == "gemma3" else 2  # its sixth layer differs
+    low, high = (sum(_parts(name, config, layers).values()) for layers in (few, 2 * few))
+    return (low + (_layers(name) - few) * (high - low) / few) / 2**30
 
 
-def _parts(name: str, config: TrainConfig) -> dict[str, int]:
-    settings, vlm = config.model, built(name)
+def _layers(name: str) -> int:
+    return MODELS[name]["config"]["text_config"]["num_hidden_layers"]
+
+
+def _parts(name: str, config: TrainConfig, layers: int) -> dict[str, int]:
+    settings, vlm = config.model, built(name, layers)
     if settings.tune == "full":
-        vlm.to(torch.float32)  # trained weights, and frozen ones beside them
+        vlm.float()  # trained weights, and frozen ones beside them
     model = ForestModel(vlm, dtype=torch.bfloat16)
-    layers = quantized.linears(vlm) if settings.quantize else []
-    sizes = [layer.get_parameter("weight").numel() for layer in layers]
+    replaced = quantized.linears(vlm) if settings.quantize else []
+    sizes = [layer.get_parameter("weight").numel() for layer in replaced]
     if settings.tune == "lora":
         assert settings.lora_rank is not None and settings.lora_alpha is not None
         add_lora(vlm, settings.lora_rank, settings.lora_alpha)

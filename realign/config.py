@@ -220,7 +220,7 @@ class ScaleConfig:
     copy per node, weights are gathered within nodes only. 1 shards over all ranks."""
     activation_checkpointing: bool | None = None
     """Keep only the input of each trained layer, and compute the layer again in the backward.
-    Without the flag, it is on if the run would not fit on the GPU without it."""
+    By default, it is on if the run would not fit on the GPU without it."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer in host memory. The GPU holds one layer at a
     time."""

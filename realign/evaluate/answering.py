@@ -8,7 +8,7 @@ mixed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,6 +76,7 @@ def prepare(
     model: str,
     max_tokens: int,
     suffix: str = "",
+    pixels: Mapping[str, int | None] | None = None,
 ) -> Sheet:
     """Check questions, their images and the file of answers, without a model.
 
@@ -86,6 +87,7 @@ def prepare(
         model: folder or name of the model. A folder is also identified by its files.
         max_tokens: maximum number of tokens in an answer.
         suffix: text appended to every question.
+        pixels: limits on the size of images, by the names of `load_processor`'s arguments.
 
     Raises:
         ValueError: for repeated ids, a missing image, or an `output` that cannot be written or
@@ -96,6 +98,7 @@ def prepare(
     check_file("--output", output)
     mark = files_digest(model)
     asked = {"model": model, "mark": mark, "max_tokens": max_tokens, "suffix": suffix}
+    asked |= {name: value for name, value in (pixels or {}).items() if value is not None}
     sheet = Sheet(questions, DataFolder(images), output, asked, _read(output, asked))
     for question in questions:
         earlier = sheet.done.get(question.id)
@@ -184,7 +187,8 @@ def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
     head, *lines = _lines(output)
     if head.get("asked") != asked:
-        changed = [n for n, v in asked.items() if head["asked"].get(n) != v]
+        before = head["asked"]
+        changed = [n for n in before | asked if before.get(n) != asked.get(n)]
         raise ValueError(
             f"{output} holds answers for a different {', '.join(changed)}. Name another --output."
         )

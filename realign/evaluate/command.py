@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from realign.cli import CommandParser
+from realign.config import check_pixels
 from realign.data.errors import short_repr, shorten
 from realign.evaluate import chair, files, hallusionbench, paired, tables, yesno
 from realign.evaluate.answering import Question, Sheet, answer, prepare, read_answers
@@ -30,6 +31,8 @@ CAPTION = "Please describe this image in detail."
 """Usual prompt of CHAIR in papers on hallucination."""
 
 _LEAST = {"limit": 0, "most": 0, "seed": 0, "batch_size": 1, "max_tokens": 1, "workers": 0}
+
+_PIXELS = ("min_pixels", "max_pixels")
 
 _POPE = {
     "question_id": files.KEY,
@@ -56,6 +59,7 @@ def run(words: Sequence[str]) -> int:
         if value is not None and value < minimum:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {value}; it must be {minimum} or more.")
+    check_pixels(*(getattr(args, name, None) for name in _PIXELS))
     show(args.run(args))
     return 0
 
@@ -242,6 +246,7 @@ def _sheet(
         model=args.model,
         max_tokens=max_tokens,
         suffix=suffix,
+        pixels={name: getattr(args, name) for name in _PIXELS},
     )
 
 
@@ -251,7 +256,8 @@ def _answers(
     """Answer the questions of all sheets. Returns the answers by sheet name."""
     from realign.pairs.engines import make_engine
 
-    options = {name: getattr(args, name) for name in ("batch_size", "dtype", "workers")}
+    names = ("batch_size", "dtype", "workers", *_PIXELS)
+    options = {name: getattr(args, name) for name in names}
     engine = make_engine(f"transformers:{args.model}", **options)
     try:
         answers = {
@@ -331,6 +337,14 @@ def _parser() -> argparse.ArgumentParser:
             choices=("fp32", "bf16"),
             help="Precision of the computation. Without it, bf16 on a GPU and fp32 on a CPU.",
         )
+        for limit, about in (("min", "Enlarge smaller"), ("max", "Reduce larger")):
+            add(
+                f"--{limit}-pixels",
+                type=int,
+                metavar="N",
+                help=f"{about} images to this number of pixels, for processors that count pixels, "
+                "as Qwen's do. Without it, the processor's, which a trained model keeps.",
+            )
         add("--limit", type=int, default=0, metavar="N", help="Questions to use. 0 uses all.")
         add("--quiet", action="store_true", help="Print no progress.")
 

@@ -39,8 +39,8 @@ from realign_kernels import (
     linear_preference_loss,
 )
 
-_JOIN = "merger"
-"""Part of the names of tower layers that project to the language model (Qwen)."""
+_JOINS = ("merger.", "deepstack_merger_list.")
+"""Prefixes of the tower layers that project to the language model (Qwen, GLM)."""
 
 
 class NonFiniteRecords(ValueError):
@@ -85,7 +85,8 @@ class ForestModel(nn.Module):
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters of towers that are not trained, and of parts that images do not use."""
         parts = frozen_by_default(self.vlm, self._train_vision)
-        return [p for part in parts for name, p in part.named_parameters() if _JOIN not in name]
+        named = [named for part in parts for named in part.named_parameters()]
+        return [parameter for name, parameter in named if not name.startswith(_JOINS)]
 
     @property
     def layers(self) -> list[nn.Module]:

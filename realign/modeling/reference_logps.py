@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def description(
 
     `quantize` names what is done to them, so `vlm` may be without quantization here.
     """
-    parts = (vlm, vlm.model.get_decoder(), image_tower(vlm) or vlm)
+    parts: tuple[Any, ...] = (vlm, vlm.model.get_decoder(), image_tower(vlm) or vlm)
     attention = {str(part.config._attn_implementation) for part in parts}
     return {
         "dtype": str(dtype).removeprefix("torch."),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from realign.config import check_pixels
 from realign.digits import ASSETS
 from realign.modeling.loading import DTYPES
 from realign.modeling.prefetch import default_workers
@@ -70,6 +71,11 @@ class PairsConfig:
     dtype: str = "fp32"
     """Precision of these models: fp32 or bf16. If training uses the same dtype, it finds the
     log-probs of --margin in its reference cache."""
+    min_pixels: int | None = None
+    """Enlarge smaller images to this number of pixels, for models whose processors count pixels, as
+    Qwen's do. It applies to --model and to engines in this process, but not to embeddings."""
+    max_pixels: int | None = None
+    """Reduce larger images to this number of pixels, for the same models."""
     scenes: int = 1024
     """Number of digit scenes to draw if there is no --data."""
     answer: str | None = None
@@ -211,6 +217,7 @@ class PairsConfig:
                 value = getattr(self, name)
                 if value is not None and not low <= value <= high:
                     raise ValueError(f"{name} is {value}; {message}")
+        check_pixels(self.min_pixels, self.max_pixels)
         if self.share == 0:
             raise ValueError("share is 0.0; it must be above 0 and at most 1.")
         if not self.floor < self.ceiling:
@@ -321,6 +328,18 @@ class PairsConfig:
         return default_workers() if self.workers is None else self.workers
 
     @property
+    def pixels(self) -> dict[str, int | None]:
+        """The limits on the size of images, as arguments of `load_processor`."""
+        return {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+
+    @property
+    def computed(self) -> str:
+        """Dtype and sizes that answers of models in this process depend on, for digests."""
+        if self.min_pixels is None and self.max_pixels is None:
+            return self.dtype
+        return f"{self.dtype}, {self.min_pixels} to {self.max_pixels} pixels"
+
+    @property
     def engine_options(self) -> dict[str, Any]:
         """Keyword arguments of `make_engine`."""
         return {
@@ -328,5 +347,6 @@ class PairsConfig:
             "batch_size": self.batch_size,
             "dtype": self.dtype,
             "workers": self.worker_threads,
+            **self.pixels,
             **{name: getattr(self, name) for name in _OF_ENDPOINTS},
         }

@@ -155,7 +155,9 @@ def run_stages(config: PairsConfig, last: str) -> Outcome:
 
 def _run(config: PairsConfig, kinds: Sequence[type[Stage]]) -> tuple[Outcome, Choice | None]:
     if config.model is not None:
-        load_processor(config.model)  # an unknown model raises before any record is read
+        load_processor(
+            config.model, **config.pixels
+        )  # an unknown model raises before any record is read
     absent = {Answer: config.answer is None, Derive: config.negative not in DERIVED}
     enabled = [kind for kind in kinds if not absent.get(kind)]
     choice: Choice | None = None

@@ -1,5 +1,8 @@
 """--min-pixels and --max-pixels: sizes against transformers, and their way through a run."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_vlms
@@ -12,8 +15,13 @@ from realign import cache
 from realign.config import parse
 from realign.data.records import write_pairs
 from realign.digits import ASSETS
+from realign.evaluate.answering import Question, prepare
 from realign.modeling.loading import load_model, load_processor, set_pixels
 from realign.modeling.reference_logps import description
+from realign.pairs.config import PairsConfig
+from realign.pairs.engines import make_engine
+from realign.pairs.infill.refill import load_vlm
+from realign.pairs.io.rows import engine_identity
 from realign.train import main, train
 
 LIMITS = {"min_pixels": 14 * 14 * 4, "max_pixels": 14 * 14 * 9}
@@ -81,3 +89,32 @@ def test_limits_without_effect_are_refused(qwen):
     ]:
         with pytest.raises(ValueError, match=message):
             parse(words)
+
+
+def test_engines_and_pairs_use_the_limits(qwen, tmp_path):
+    engine = make_engine(f"transformers:{qwen}", dtype="fp32", workers=0, **LIMITS)
+    engine.open()
+    size = engine._processor.image_processor.size
+    assert (size.shortest_edge, size.longest_edge) == tuple(LIMITS.values())
+    size = load_vlm(str(qwen), "fp32", **LIMITS)[1].image_processor.size
+    assert (size.shortest_edge, size.longest_edge) == tuple(LIMITS.values())
+    plain = PairsConfig(output=str(tmp_path / "pairs.parquet"))
+    limited = replace(plain, **LIMITS)
+    assert limited.engine_options.items() >= LIMITS.items() and limited.pixels == LIMITS
+    spec = f"transformers:{qwen}"
+    marks = [engine_identity(spec, config.computed) for config in (plain, limited)]
+    assert marks[0] == engine_identity(spec, "fp32") != marks[1]
+    with pytest.raises(ValueError, match="--max-pixels is 0"):
+        replace(plain, max_pixels=0)
+
+
+def test_answers_of_other_sizes_are_not_mixed(qwen, tmp_path):
+    questions, images = [Question("1", "Is it?", None)], tmp_path / "images"
+    images.mkdir()
+    known = {"model": str(qwen), "max_tokens": 4}
+    output = tmp_path / "answers.jsonl"
+    asked = prepare(questions, images, output, **known, pixels=LIMITS).asked
+    assert asked.items() >= LIMITS.items()
+    output.write_text(json.dumps({"asked": asked}) + "\n")
+    with pytest.raises(ValueError, match="for a different min_pixels, max_pixels"):
+        prepare(questions, images, output, **known)

@@ -42,7 +42,8 @@ OPTIONS = {
         row_tokens=0 batch_rows=32 fsdp=False nproc_per_node=0 quiet=False""",
     PairsConfig: """
         output=runs/pairs.parquet data=None split=None format=auto image_folder=None model=None
-        embed_model=None dtype=fp32 scenes=1024 answer=None keep_target=0.8 k=10 reach=None
+        embed_model=None dtype=fp32 min_pixels=None max_pixels=None scenes=1024 answer=None
+        keep_target=0.8 k=10 reach=None
         index=auto ceiling=0.999 floor=-1.0 hash_distance=8 masker=rules mask= segments=1
         share=None refill=infill engine=None candidates=1 temperature=0.0 tau=1.0
         similarity=lexical margin=False

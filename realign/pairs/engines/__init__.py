@@ -21,7 +21,12 @@ def _transformers(spec: str, options: EngineOptions) -> Engine:
     model = spec.partition(":")[2]
     check_folder(model)
     return TransformersEngine(
-        model, batch_size=options.batch_size, dtype=options.dtype, workers=options.workers
+        model,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        workers=options.workers,
+        min_pixels=options.min_pixels,
+        max_pixels=options.max_pixels,
     )
 
 

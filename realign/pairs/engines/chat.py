@@ -65,6 +65,10 @@ class EngineOptions:
     workers: int | None = None
     """For transformers: number of threads that load and preprocess images ahead of the model. 0
     means none, None `realign.modeling.prefetch.default_workers`."""
+    min_pixels: int | None = None
+    """For transformers: see `loading.set_pixels`. Text models read no images."""
+    max_pixels: int | None = None
+    """For transformers: see `loading.set_pixels`."""
     concurrency: int = 8
     """Number of concurrent requests to an endpoint."""
     requests_per_minute: float | None = None

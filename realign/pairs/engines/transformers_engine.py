@@ -65,6 +65,8 @@ class TransformersEngine(Engine):
         batch_size: int = 8,
         dtype: str | None = None,
         workers: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         """Set the model. `open` loads it.
 
@@ -74,6 +76,8 @@ class TransformersEngine(Engine):
             dtype: "fp32" or "bf16". None means bf16 on a GPU and fp32 on a CPU.
             workers: number of threads that load and preprocess images ahead of the model. 0 means
                 none, None `default_workers`.
+            min_pixels: see `loading.set_pixels`. Text models read no images.
+            max_pixels: see `loading.set_pixels`.
 
         Raises:
             ValueError: for another dtype.
@@ -83,6 +87,7 @@ class TransformersEngine(Engine):
         self.name = f"transformers:{model}"
         self._path, self._batch_size, self._dtype = model, batch_size, dtype
         self._workers = default_workers() if workers is None else workers
+        self._pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self._model: Any = None
 
     def open(self) -> None:
@@ -99,7 +104,7 @@ class TransformersEngine(Engine):
         model: Any  # transformers annotates `to` as a function, not as a method
         self._is_multimodal = _has_vision(self._path)
         if self._is_multimodal:
-            self._processor = load_processor(self._path)
+            self._processor = load_processor(self._path, **self._pixels)
             self._tokenizer = self._processor.tokenizer
             model = load_trained(self._path, dtype)
         else:

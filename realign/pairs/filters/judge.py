@@ -31,7 +31,7 @@ class Judge(PairFilter):
     def settings(self) -> dict[str, Any]:
         """The engine of the judge."""
         assert self.config.judge is not None
-        return {"judge": engine_identity(self.config.judge, self.config.dtype)}
+        return {"judge": engine_identity(self.config.judge, self.config.computed)}
 
     def requests(self, candidates: Sequence[Candidate]) -> list[Chat]:
         """Two requests for each candidate whose images can be read."""

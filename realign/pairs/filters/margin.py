@@ -62,7 +62,7 @@ class VisualMargin(PairFilter):
 
     def open(self) -> None:
         """Loads the reference model."""
-        self._model = load_vlm(self.config.base, self.config.dtype)
+        self._model = load_vlm(self.config.base, self.config.dtype, **self.config.pixels)
 
     def close(self) -> None:
         """Releases the reference model."""

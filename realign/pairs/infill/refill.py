@@ -42,12 +42,15 @@ _DROP = 0.75
 With a higher share, copying the remaining rows costs more than it saves."""
 
 
-def load_vlm(name: str, dtype: str) -> tuple[PreTrainedModel, Any]:
-    """Loads the model for infill and reference margins, and its processor."""
+def load_vlm(name: str, dtype: str, **pixels: int | None) -> tuple[PreTrainedModel, Any]:
+    """Loads the model for infill and reference margins, and its processor.
+
+    `pixels` are arguments of `load_processor`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vlm = load_model(name, DTYPES[dtype]).eval()
     vlm.to(device=device)  # pyright: ignore[reportCallIssue]
-    return vlm, load_processor(name)
+    return vlm, load_processor(name, **pixels)
 
 
 class Completion(NamedTuple):

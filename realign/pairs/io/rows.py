@@ -125,7 +125,7 @@ def files_digest(path: str | None) -> str | None:
     return digest.hexdigest()
 
 
-def engine_identity(spec: str, dtype: str) -> list[str | None]:
-    """Identity of an engine for digests: its spec, its local model files and its dtype."""
+def engine_identity(spec: str, computed: str) -> list[str | None]:
+    """Identity of an engine for digests: spec, local model files, and `PairsConfig.computed`."""
     kind, _, model = spec.partition(":")
-    return [spec, files_digest(model), dtype if kind == "transformers" else None]
+    return [spec, files_digest(model), computed if kind == "transformers" else None]

@@ -37,7 +37,7 @@ class Answer(ChatStage):
     def settings(self) -> Row:
         """The engine."""
         assert self.config.answer is not None
-        return {"engine": engine_identity(self.config.answer, self.config.dtype)}
+        return {"engine": engine_identity(self.config.answer, self.config.computed)}
 
     def script(self, inputs: dict[str, list[Row]], number: int) -> Script:
         """Requests the missing responses."""

@@ -32,7 +32,7 @@ class Mask(ChatStage):
         """The masker and its settings."""
         config = self.config
         if self.engine_spec is not None:
-            return {"masker": engine_identity(self.engine_spec, config.dtype)}
+            return {"masker": engine_identity(self.engine_spec, config.computed)}
         names = ("masker", "categories", "segments", "share", "seed")
         return {name: getattr(config, name) for name in names}
 

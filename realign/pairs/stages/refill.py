@@ -86,9 +86,9 @@ class Refill(ChatStage):
         """The model, and the settings that decide which completions pass."""
         config = self.config
         if self.engine_spec is None:
-            model = [config.base, files_digest(config.base), config.dtype]
+            model = [config.base, files_digest(config.base), config.computed]
         else:
-            model = engine_identity(self.engine_spec, config.dtype)
+            model = engine_identity(self.engine_spec, config.computed)
         return {
             "refill": config.refill,
             "model": model,
@@ -103,7 +103,9 @@ class Refill(ChatStage):
         self._lookup = RowLookup(self.folders["read"])
         super().open()
         if self.engine_spec is None:
-            self._vlm, self._processor = load_vlm(self.config.base, self.config.dtype)
+            self._vlm, self._processor = load_vlm(
+                self.config.base, self.config.dtype, **self.config.pixels
+            )
 
     def close(self) -> None:
         """Releases the model."""

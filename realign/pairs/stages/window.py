@@ -167,7 +167,7 @@ class Trial(ChatStage):
         config = replace(self.config, negative="retrieved")  # whether the neighbour differs
         assembler = Assembler(config, self._filter.folders)
         records = assembler.records(sample, 0, accepted)
-        model = load_vlm(self.config.base, self.config.dtype)
+        model = load_vlm(self.config.base, self.config.dtype, **self.config.pixels)
         cache = str(self.folder / "references")
         try:
             margins = visual_margins(*model, records, cache=cache, on_bad=lambda *_: None)
