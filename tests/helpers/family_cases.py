@@ -164,12 +164,14 @@ def truth(vlm, family, examples, objective=OBJECTIVE, records=None):
     replaced = [names.pop("forward") for names in instances]
     table = []
     for record, example in zip(records or own, examples, strict=True):
-        row = []
+        row, encoded_by_image = [], {}
         for leaf, named in zip(example.leaves, objective.leaves, strict=True):
-            stored = record.images if named.image == "image" else record.retrieved_images
-            text = chat_prompt(processor, record.prompt, len(stored))[0]
-            inputs = encode(processor, [one.open("") for one in stored], text)
-            row.append(separate_logps(vlm, inputs, [leaf.ids])[0].sum())
+            if named.image not in encoded_by_image:
+                stored = record.images if named.image == "image" else record.retrieved_images
+                text = chat_prompt(processor, record.prompt, len(stored))[0]
+                images = [one.open("") for one in stored]
+                encoded_by_image[named.image] = encode(processor, images, text)
+            row.append(separate_logps(vlm, encoded_by_image[named.image], [leaf.ids])[0].sum())
         table.append(torch.stack(row))
     for names, forward in zip(instances, replaced, strict=True):
         names["forward"] = forward

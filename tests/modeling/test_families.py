@@ -57,7 +57,7 @@ def log_probs_are_the_same(family, attention):
     examples, store = encoded(family, model)
     true = true_logps(family)
     with torch.no_grad():
-        for row_tokens in ROW_TOKENS:
+        for row_tokens in ROW_TOKENS if family in FAMILIES else ROW_TOKENS[-1:]:
             batch = build_batch(examples, store, row_tokens=row_tokens)
             found = batch.leaf_sums(model.logps(batch))
             assert (found - true).abs().max() < LOGP_TOLERANCE, (row_tokens, found - true)
