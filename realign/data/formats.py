@@ -482,7 +482,7 @@ def _check_no_image_lost(item: Mapping[str, Any], entry: Entry) -> None:
     if named:
         raise Malformed(
             f"it has no image in images or image, and its keys {short_repr(named)} are unknown.",
-            "Rename the column that holds the image to `image`.",
+            "Rename the column that holds the image to `image`. Videos are not supported.",
             "no image",
         )
     for message in entry.prompt:
