@@ -9,8 +9,9 @@ last token predicts the first token of each of its leaves, so the head lists tha
 
 Without sharing (`layouts.Layout.separate`) each leaf has a row with its own copy of its root.
 
-A batch may have no image. If several ranks share the work, it then gets another prompt with an
-image and no label. So every rank uses the same parameters, whose gradients FSDP reduces together.
+A batch may have no image. If the model may be sharded, it then gets a prompt with an image and a
+token without a label. So every forward uses the same parameters: FSDP gathers them together, and
+reduces gradients only for parameters of the last micro-batch.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from realign.distributed import world_size
 from realign.modeling.examples import Example as Example
 from realign.modeling.examples import Leaf as Leaf
 from realign.modeling.examples import Root as Root
@@ -182,8 +183,9 @@ def build_batch(
             leaf_ids.append(leaf.ids)
             rivals.append(leaf.rival)
     scored = len(leaf_ids)
-    spare = store.spare if world_size() > 1 and not any(root.images for root in roots) else None
-    if spare is not None:  # other ranks call the tower, and so must this one
+    no_image = not any(root.images for root in roots)
+    spare = store.spare if no_image and dist.is_initialized() else None
+    if spare is not None:
         leaf_roots.append(len(roots))
         roots.append(spare)
         leaf_ids.append(spare.ids[-1:])

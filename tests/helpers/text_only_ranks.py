@@ -1,4 +1,4 @@
-"""One of two ranks, of which one has no image in its micro-batch: `run_all(families)`.
+"""One of two ranks, of which one has no image in its micro-batch: `run_all(families, words)`.
 
 Rank 0 compares the summed gradients with those of plain forwards over all records.
 """
@@ -9,13 +9,15 @@ from family_cases import assert_same_gradients, encoded, gradients, truth
 from tiny_vlms import make
 
 from realign import distributed
+from realign.config import parse
 from realign.modeling.forest import build_batch
 from realign.modeling.model import ForestModel
+from realign.train import train
 from realign.training import fsdp
 
 
-def run_all(families):
-    """Compare all families, as one rank. Rank 0 prints a line for each."""
+def run_all(families, words):
+    """Compare all families, as one rank. Rank 0 prints a line for each. Then `train words` runs."""
     device = distributed.start(fsdp=True)
     for family in families:
         try:
@@ -24,6 +26,7 @@ def run_all(families):
             line = repr(error)
         if distributed.rank() == 0:
             print(f"compared {family}: {line}", flush=True)
+    train(parse(words))
     distributed.stop()
 
 

@@ -18,12 +18,14 @@ from family_cases import (
     truth,
 )
 from forked_ranks import run_ranks
+from runs import arguments, run
 from text_only_ranks import run_all
 from tiny_vlms import make
 
 from realign.data.errors import RecordError
 from realign.data.record_table import table_of
-from realign.data.records import Record
+from realign.data.records import Record, read_pairs, write_pairs
+from realign.files import read_jsonl
 from realign.modeling.encode import encode_table, make_objective
 from realign.modeling.forest import build_batch
 from realign.modeling.images import ImageStore
@@ -101,12 +103,22 @@ def test_log_probs_and_gradients_are_those_of_plain_forwards(family, monkeypatch
     assert (found - true[:, 1::2]).abs().max() < LOGP_TOLERANCE
 
 
-def test_ranks_without_an_image_train_as_the_others(tmp_path):
-    """One of two ranks has records without an image only, then both."""
+def test_ranks_without_an_image_train_as_the_others(tmp_path, pairs_file):
+    """One of two ranks has records without an image only, then both. Then `realign.train` runs."""
+    records = read_pairs(pairs_file)[:3]
+    texts = [replace(r, name=f"text {r.name}", images=(), retrieved_images=()) for r in records]
+    write_pairs(tmp_path / "mixed.parquet", [*records, *texts])
+    given = ["--objective", "dpo", "--tune", "full", "--batch-size", 2, "--micro-batch-size", 1]
+    given += ["--reference-cache", tmp_path / "cache"]
+    words = arguments(tmp_path / "mixed.parquet", tmp_path / "two", *given, "--fsdp", steps=6)
     families = ("llava", "qwen2_5_vl", "gemma3", "minicpmv4_6", "ernie4_5_vl_moe")
-    output = run_ranks(run_all, 2, tmp_path / "log", families)
+    output = run_ranks(run_all, 2, tmp_path / "log", families, words)
     for family in families:
         assert f"compared {family}: True" in output, output
+    one = run(tmp_path / "mixed.parquet", tmp_path / "one", *given[:-1], tmp_path / "other")
+    for entry, other in zip(read_jsonl(tmp_path / "two" / "metrics.jsonl"), one, strict=True):
+        for name in ("loss", "grad_norm", "logps/chosen", "rewards/margins"):
+            assert entry[name] == pytest.approx(other[name], abs=1e-5, rel=1e-4), name
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
@@ -169,7 +181,9 @@ def test_records_without_an_image_are_skipped_with_a_count_where_one_is_needed()
         said = []
         mine = records[:]
         if family == "paligemma":
-            mine[1::2] = [replace(r, name=n) for r, n in zip(made(family)[1], names[1::2])]
+            mine[1::2] = [
+                replace(r, name=n) for r, n in zip(made(family)[1][:2], names[1::2], strict=True)
+            ]
         _, examples, store = table_and_examples(family, mine, objective, said.append)
         assert [example.name for example in examples] == kept and said == [line]
         for example in examples:

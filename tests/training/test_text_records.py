@@ -41,7 +41,8 @@ def true_references(records):
     """(2, B) log-probs of the shipped model, by plain forwards over the processor's output."""
     vlm, processor = load_model(ASSETS).eval(), load_processor(ASSETS)
     rows = []
-    for record, example in zip(records, encoded(records, objective=objectives.dpo())[0]):
+    examples, _ = encoded(records, objective=objectives.dpo())
+    for record, example in zip(records, examples, strict=True):
         text = ChatTemplate(processor).prompt(record.prompt, len(record.images)).text
         images = {"images": [image.open("") for image in record.images]} if record.images else {}
         inputs = processor(**images, return_tensors="pt", **TextInputs(processor)([text]))
