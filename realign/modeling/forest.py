@@ -9,9 +9,8 @@ last token predicts the first token of each of its leaves, so the head lists tha
 
 Without sharing (`layouts.Layout.separate`) each leaf has a row with its own copy of its root.
 
-A batch may have no image. If the model may be sharded, it then gets a prompt with an image and a
-token without a label. So every forward uses the same parameters: FSDP gathers them together, and
-reduces gradients only for parameters of the last micro-batch.
+A batch may have no image. With several ranks, it then gets a prompt with an image, and a token
+without a label. So every rank uses the same parameters, which FSDP gathers and reduces together.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from realign.distributed import world_size
 from realign.modeling.examples import Example as Example
 from realign.modeling.examples import Leaf as Leaf
 from realign.modeling.examples import Root as Root
@@ -184,7 +183,7 @@ def build_batch(
             rivals.append(leaf.rival)
     scored = len(leaf_ids)
     no_image = not any(root.images for root in roots)
-    spare = store.spare if no_image and dist.is_initialized() else None
+    spare = store.spare if no_image and world_size() > 1 else None
     if spare is not None:
         leaf_roots.append(len(roots))
         roots.append(spare)
