@@ -178,14 +178,14 @@ def test_records_without_an_image_are_skipped_with_a_count_where_one_is_needed()
          "an image (ValueError: `images` are expected as arguments to a `PaliGemmaProcessor` "
          "instance.)."),
     ):  # fmt: skip
-        said = []
+        logged = []
         mine = records[:]
         if family == "paligemma":
             mine[1::2] = [
                 replace(r, name=n) for r, n in zip(made(family)[1][:2], names[1::2], strict=True)
             ]
-        _, examples, store = table_and_examples(family, mine, objective, said.append)
-        assert [example.name for example in examples] == kept and said == [line]
+        _, examples, store = table_and_examples(family, mine, objective, logged.append)
+        assert [example.name for example in examples] == kept and logged == [line]
         for example in examples:
             for root in example.roots:
                 assert set(root.images) <= set(store.keys())
