@@ -81,7 +81,7 @@ def make_objective(loss: LossConfig, table: RecordTable) -> Objective:
 
 def _visual_negatives(name: str, table: RecordTable) -> int:
     """Number of visual negatives per record."""
-    rows = np.flatnonzero(table.counts("images"))
+    rows = np.flatnonzero(table.counts("images")).tolist()
     if not len(rows):
         return 2  # encoding names the records without an image
     counts = table.counts("retrieved_images")[rows] // table.counts("images")[rows]

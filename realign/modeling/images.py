@@ -495,7 +495,7 @@ def processed(
         raise RecordError(
             record,
             f"the processor cannot process its prompt {which} ({short_error(error)}).",
-            f"{'Replace' if images else 'Add'} the image or remove the record.",
+            f"{'Replace the' if images else 'Add an'} image, or remove the record.",
         ) from error
 
 
