@@ -15,7 +15,8 @@ from typing import Any
 DIALOGUES = ("conversations", "messages")
 OTHER_DIALOGUES = ("rejected_conversations", "rejected_messages")
 UNREAD = ("tools", "chat_template_kwargs", "history", "rejected_image", "rejected_images")
-UNREAD += ("video", "videos", "audio", "audios", "objects")
+VIDEOS = ("video", "videos")
+UNREAD += (*VIDEOS, "audio", "audios", "objects")
 """Columns that are errors unless they are empty, or a format reads them."""
 IMAGE_FILES = ("image_path", "img_path")
 """Columns that name the image if neither `images` nor `image` has one."""
@@ -52,6 +53,7 @@ _IMAGES = {
     "picture",  # codespell:ignore
     "pictures",  # codespell:ignore
 }
+_MEDIA = _IMAGES | {"video", "videos", "frame", "frames", "audio", "audios"}
 _SIDE_WORDS = frozenset(_SIDES.split())
 _WORDS = _SIDE_WORDS | frozenset(_OTHERS.split()) | _IMAGES
 _FACT_WORDS = frozenset(_FACTS.split())
@@ -78,6 +80,6 @@ def may_change(name: str) -> bool:
 
 
 @lru_cache(4096)
-def names_image(name: str) -> bool:
-    """Whether a column's name has a word for an image, as in `image_url`."""
-    return bool(_IMAGES.intersection(word.lower() for word in _WORD.findall(str(name)[:200])))
+def names_media(name: str) -> bool:
+    """Whether a column's name has a word for an image, a video or sound, as in `image_url`."""
+    return bool(_MEDIA.intersection(word.lower() for word in _WORD.findall(str(name)[:200])))

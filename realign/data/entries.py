@@ -31,6 +31,7 @@ from realign.data.columns import (
     IMAGE_FILES,
     OTHER_DIALOGUES,
     UNREAD,
+    VIDEOS,
     is_empty,
 )
 from realign.data.errors import Malformed, short_repr
@@ -43,6 +44,7 @@ _NESTED = ("question", "prompt", "chosen", "rejected")
 _BASE64 = ("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # starts of PNG, JPEG, GIF, WebP
 _LONGEST_PATH = 4096  # bytes, the limit of Linux
 _LONGEST_TEXT = 1 << 20  # characters; a context of 128,000 tokens has half as many
+_NO_VIDEO = "Give frames of it as images, or remove the record."
 _GIVE_IMAGE = "Give a PIL image, bytes or a path."
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"system": "system"}
@@ -70,12 +72,7 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
     Raises:
         Malformed: for a value of the wrong type, an unsupported key, or contradictory keys.
     """
-    for key in UNREAD:
-        if not is_empty(row.get(key)):
-            raise Malformed(
-                f"its {key} {short_repr(row[key])} would be lost.",
-                "Remove the key, or write the record with the columns of docs/data.md.",
-            )
+    check_unread(row)
     has_system = not is_empty(row.get("system"))
     if has_system and all(is_empty(row.get(key)) for key in DIALOGUES):
         # The meaning is ambiguous: TRL ignores the column, and other projects read it.
@@ -185,6 +182,22 @@ def _stored(image: Any, column: str) -> StoredImage:
     if path.startswith(("http://", "https://")):
         raise malformed(", but web addresses are not fetched", "Download it.", "missing")
     return StoredImage(path=path)
+
+
+def check_unread(row: Mapping[str, Any], read: Sequence[str] = ()) -> None:
+    """Refuse the columns `UNREAD` unless they are empty, or in `read`.
+
+    Raises:
+        Malformed: for a column that would be lost, such as a video.
+    """
+    for key in UNREAD:
+        if key not in read and not is_empty(row.get(key)):
+            lost = f"its {key} {short_repr(row[key])} would be lost"
+            if key in VIDEOS:
+                raise Malformed(f"{lost}, since videos are not supported.", _NO_VIDEO, "video")
+            raise Malformed(
+                f"{lost}.", "Remove the key, or write the record with the columns of docs/data.md."
+            )
 
 
 def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,6 +384,8 @@ def _message(message: Any, column: str) -> Message:
     parts: list[dict[str, str]] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and "video" in kind:
+            raise malformed(f"the part {short_repr(part)} is a video, and videos are not supported")
         if not isinstance(kind, str) or kind not in ("text", "image"):
             raise malformed(f"the part {short_repr(part)} is not of type text or image")
         # In Arrow, every part has all fields. An image part has no text.

@@ -48,7 +48,7 @@ class Malformed(ValueError):
 
 
 class Skipped(Malformed):
-    """A valid row that gives no record, such as a row without an image. Readers count it."""
+    """A valid row that gives no record, such as one with equal ratings. Readers count it."""
 
 
 class _Shortened(reprlib.Repr):

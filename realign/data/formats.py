@@ -19,8 +19,8 @@ from functools import lru_cache, partial
 from itertools import combinations
 from typing import Any
 
-from realign.data.columns import COLUMNS, is_empty, may_change, names_image
-from realign.data.entries import Entry, entry_of, images_of, messages_of, name_of
+from realign.data.columns import COLUMNS, is_empty, may_change, names_media
+from realign.data.entries import Entry, check_unread, entry_of, images_of, messages_of, name_of
 from realign.data.errors import Malformed, Skipped, short_repr, shorten
 from realign.data.images import StoredImage
 from realign.data.messages import TAGS
@@ -318,12 +318,14 @@ class Format:
         keys: the distinctive keys. All of them are needed, and "a|b" is one of two.
         also: further keys that it reads or that its data set has.
         pairs: whether its records have a rejected response.
+        reads: the columns of `UNREAD` that it reads.
     """
 
     read: Callable[[Mapping[str, Any]], list[Entry]]
     keys: tuple[str, ...]
     also: str = ""
     pairs: bool = True
+    reads: tuple[str, ...] = ()
 
     @property
     def needs(self) -> list[frozenset[str]]:
@@ -353,13 +355,22 @@ FORMATS: dict[str, Format] = {
         "AI_pseudo_response standard_response AI_json_report image_bytes image_id",
     ),
     "ms-swift": Format(
-        of_swift, ("messages", "rejected_response|rejected_messages|rejected_images")
+        of_swift,
+        ("messages", "rejected_response|rejected_messages|rejected_images"),
+        reads=("rejected_images", "rejected_image"),
     ),
     "alpaca": Format(
-        of_alpaca, ("instruction|query", "chosen|rejected|rejected_response"), "input"
+        of_alpaca,
+        ("instruction|query", "chosen|rejected|rejected_response"),
+        "input",
+        reads=("history",),
     ),
     "alpaca:answers": Format(
-        of_alpaca, ("instruction|query", "output|response"), "input", pairs=False
+        of_alpaca,
+        ("instruction|query", "output|response"),
+        "input",
+        pairs=False,
+        reads=("history",),
     ),
     "mdpo": Format(of_mdpo, ("img_path", "prompt", "chosen", "rejected")),
     "povid": Format(of_row, ("conversations", "rejected_conversations")),
@@ -403,17 +414,21 @@ def format_of(item: Any) -> str | None:
     return format_with(frozenset(key for key, value in item.items() if not is_empty(value)))
 
 
-def entries_of(item: Any, format: str = "auto", default: str = "parquet") -> list[Entry]:
+def entries_of(
+    item: Any, format: str = "auto", default: str = "parquet", *, text_only: bool = False
+) -> list[Entry]:
     """The entries of an item.
 
     Args:
         item: a JSON object or a row.
         format: a key of `FORMATS`, or "auto" to detect it by the keys.
         default: the format of an item that is not recognized.
+        text_only: whether an item without an image gives entries.
 
     Raises:
         Malformed: for an invalid item, or unknown keys that may change its meaning.
-        Skipped: for a valid item that gives no entry: without an image, or with equal ratings.
+        Skipped: for a valid item that gives no entry: with equal ratings, or without an image
+            unless `text_only` is set.
     """
     if isinstance(item, Malformed):
         raise item
@@ -427,9 +442,14 @@ def entries_of(item: Any, format: str = "auto", default: str = "parquet") -> lis
             f"its keys {short_repr(unknown)} are unknown, and their names may change its meaning.",
             f"Rename or remove them. {nearest(item)}",
         )
+    check_unread(item, FORMATS[name].reads)
     entries = FORMATS[name].read(item)
     if name.partition(":")[0] != "coco" and not all(entry.images for entry in entries):
-        _check_text_only(item, entries[0])
+        _check_no_image_lost(item, entries[0])
+        if not text_only:
+            raise Skipped(
+                "it has no image.", "Add one to `images` or remove the record.", "no image"
+            )
     return entries
 
 
@@ -447,8 +467,8 @@ def nearest(keys: Iterable[str]) -> str:
     return f"The nearest format is {best} with {listed} (docs/data.md)."
 
 
-def _check_text_only(item: Mapping[str, Any], entry: Entry) -> None:
-    """Raises `Skipped` for text only, or `Malformed` for an image that was not found.
+def _check_no_image_lost(item: Mapping[str, Any], entry: Entry) -> None:
+    """Raises `Malformed` for an image that was not found.
 
     A row that names its image in an unknown column, or in the prompt, has lost it.
     """
@@ -458,11 +478,11 @@ def _check_text_only(item: Mapping[str, Any], entry: Entry) -> None:
             "Add its image to `images` or remove the record.",
             "no image",
         )
-    named = [k for k in item if names_image(str(k)) and not (is_empty(item[k]) or item[k] is False)]
+    named = [k for k in item if names_media(str(k)) and not (is_empty(item[k]) or item[k] is False)]
     if named:
         raise Malformed(
             f"it has no image in images or image, and its keys {short_repr(named)} are unknown.",
-            "Rename the column that holds the image to `image`.",
+            "Rename the column that holds the image to `image`. Videos are not supported.",
             "no image",
         )
     for message in entry.prompt:
@@ -475,7 +495,6 @@ def _check_text_only(item: Mapping[str, Any], entry: Entry) -> None:
                     "Add one to `images` or remove the record.",
                     "no image",
                 )
-    raise Skipped("it has no image.", "Add one to `images` or remove the record.", "no image")
 
 
 def _answered(row: Mapping[str, Any], answer: Any) -> Entry:

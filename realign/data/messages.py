@@ -36,6 +36,11 @@ _FAMILY_TAGS = (
 )
 TAGS = re.compile(_FAMILY_TAGS)
 """The image tags of all known families."""
+VIDEO_TAGS = re.compile(
+    r"(?i:<video ?/?>|<\|?video\|?>|<\|?(?:\w+_)?video[_-](?:pad|(?:soft_)?token|placeholder)\|?>"
+    r"|<\|begin_of_video\|>)"
+)
+"""The video tags of all known families. Videos are not supported."""
 
 
 def tags_with(image: str, start: str | None = None, end: str | None = None) -> re.Pattern[str]:
@@ -142,10 +147,13 @@ def _typed(message: Any) -> dict[str, Any]:
     try:
         content = message["content"]
         parts = [text_part(content)] if isinstance(content, str) else content
+        if any(part["type"] not in ("text", "image") for part in parts):
+            raise TypeError("another part")
         clean = [text_part(p["text"]) if p["type"] == "text" else {"type": "image"} for p in parts]
         return {"role": message.get("role", "user"), "content": clean}
     except (KeyError, TypeError) as error:
         raise Malformed(
             f"it has the message {short_repr(message)}.",
-            "Give a role, and text or parts of type text and image as content.",
+            "Give a role, and text or parts of type text and image as content. Videos are not "
+            "supported.",
         ) from error

@@ -1,9 +1,10 @@
 """Preference records: fields, Parquet format, reader and writer.
 
 A record has a prompt about an image, a chosen response and a rejected response. Objectives with a
-visual term also need the retrieved image. On disk, a record is a Parquet row with TRL's vision
-preference columns (`prompt`, `chosen`, `rejected` as messages, `images`) and `retrieved_images`.
-Further columns hold the provenance. `datasets.load_dataset("parquet", data_files=...)` reads it.
+visual term also need the retrieved image. Other objectives take records without an image too. On
+disk, a record is a Parquet row with TRL's vision preference columns (`prompt`, `chosen`, `rejected`
+as messages, `images`) and `retrieved_images`. Further columns hold the provenance.
+`datasets.load_dataset("parquet", data_files=...)` reads it.
 
 Some objectives read optional fields. `retrieved_images` may hold several visual negatives, nearest
 first, each with as many images as the record. `retrieved_chosen` is the response preferred for the
@@ -127,8 +128,7 @@ def stream_pairs(
         ValueError: for an empty data set, a missing column, data without rejected responses, or a
             file that decodes to much more than its size.
         RecordError: after the last record, for a record without a response or with an image
-            outside the folder. Also for unknown columns that may change its meaning, and for data
-            without any image.
+            outside the folder. Also for unknown columns that may change its meaning.
     """
     opened = open_source(
         source, image_folder, split=split, format=format, pairs=True, more=tuple(PROVENANCE)
@@ -231,6 +231,8 @@ def iterate_records(
 ) -> Iterator[Record]:
     """Yields the records of items. One without an id is named by its place. Names are made unique.
 
+    A record may have no image. Encoding skips it if the objective compares images.
+
     Args:
         items: (place, item) pairs.
         folder: the folder of the images. None, for rows of the user's own program, accepts any
@@ -257,7 +259,7 @@ def iterate_records(
                     f"it is {short_repr(item)}, not a dictionary.", "Give columns and values."
                 )
             name = name_of(item) or place
-            entries = entries_of(item, format, default)
+            entries = entries_of(item, format, default, text_only=True)
         except Skipped as reason:
             first = first or reason.of(name)
             counts[reason.reason] += 1

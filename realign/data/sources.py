@@ -36,7 +36,7 @@ from realign.data.manifests import (
 from realign.data.tables import columns_of, rows_of
 from realign.files import MOST_JSON, open_regular, read_json, read_limited
 
-VERSION = 1
+VERSION = 2
 """Version of the reader in `identity`. Raise it when records of the same files change."""
 _MOST_JSON = 2 << 30
 """Limit on a JSON file, in bytes: twice LLaVA's llava_v1_5_mix665k.json. JSON lines have none."""

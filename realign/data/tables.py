@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from realign.data.columns import COLUMNS, SOURCES, may_change, names_image
+from realign.data.columns import COLUMNS, SOURCES, may_change, names_media
 from realign.data.errors import Malformed, shorten
 from realign.data.pages import pages_of
 from realign.files import open_regular
@@ -285,7 +285,7 @@ def _columns(names: list[str], file: Path, needed: Sequence[str], readable: set[
             + remedy
             * (missing == ["rejected"])
         )
-    columns = [n for n in names if n in readable or may_change(n) or names_image(n)]
+    columns = [n for n in names if n in readable or may_change(n) or names_media(n)]
     if duplicates := sorted({name for name in columns if columns.count(name) > 1}):
         raise ValueError(f"{file} has {duplicates[0]!r} as two columns. Keep one of them.")
     return columns

@@ -123,6 +123,7 @@ class RDPOTrainer(Trainer):
             max_response_tokens=args.max_response_tokens,
             max_tokens=vlm.config.get_text_config().max_position_embeddings,
             progress=shows,
+            log=self._log_rank0,
         )
         # Data sets are ranges of examples: first for training, then for evaluation.
         self.examples = encode(table)

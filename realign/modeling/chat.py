@@ -17,7 +17,14 @@ from os.path import commonprefix
 from typing import Any
 
 from realign.data.errors import Malformed, short_error, short_repr
-from realign.data.messages import TAGS, place_images, tags_with, text_part, texts_of
+from realign.data.messages import (
+    TAGS,
+    VIDEO_TAGS,
+    place_images,
+    tags_with,
+    text_part,
+    texts_of,
+)
 
 _ANSWER = "KqAnswerVx"  # mixed case, so that a template's `upper` or `lower` shows
 _MARK = re.compile(r"Kq(\d+|Answer)Vx")
@@ -196,6 +203,11 @@ class ChatTemplate:
         self._refuse_special(answer, f"its {name}")
 
     def _refuse_special(self, text: str, where: str) -> None:
+        if tag := VIDEO_TAGS.search(text):
+            raise Malformed(
+                f"{where} holds the video tag {tag[0]!r}, and videos are not supported.",
+                "Give frames of the video as images, or remove the record.",
+            )
         if token := self._special.search(text):
             raise Malformed(
                 f"{where} holds {token[0]!r}, which the model reads as a special token.",

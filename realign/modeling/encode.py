@@ -24,12 +24,19 @@ import transformers
 
 from realign import distributed
 from realign.config import LossConfig
-from realign.data.errors import Malformed, RecordError
+from realign.data.errors import Malformed, RecordError, short_error
 from realign.data.ranks import raise_anywhere
 from realign.data.record_table import ImageFacts, RecordTable, Row, table_of
 from realign.data.records import Record
 from realign.files import open_regular, replacing
-from realign.modeling.chat import BatchTokenizer, ChatTemplate, Prompt, chat_prompt, tokens_behind
+from realign.modeling.chat import (
+    BatchTokenizer,
+    ChatTemplate,
+    Prompt,
+    chat_prompt,
+    text_inputs,
+    tokens_behind,
+)
 from realign.modeling.examples import (
     BLANK,
     COLUMNS,
@@ -74,20 +81,23 @@ def make_objective(loss: LossConfig, table: RecordTable) -> Objective:
 
 def _visual_negatives(name: str, table: RecordTable) -> int:
     """Number of visual negatives per record."""
-    counts = table.counts("retrieved_images") // table.counts("images")
+    rows = np.flatnonzero(table.counts("images")).tolist()
+    if not len(rows):
+        return 2  # encoding names the records without an image
+    counts = table.counts("retrieved_images")[rows] // table.counts("images")[rows]
     for place in np.flatnonzero((counts < 2) | (counts != counts[0]))[:1]:
         if counts[place] < 2:
             raise RecordError(
-                table.name(place),
+                table.name(rows[place]),
                 f"it has {counts[place]} visual negative(s); the objective {name!r} compares "
                 "several.",
                 "List two or more in `retrieved_images`, nearest first (python -m realign.pairs "
                 "writes one), or train with --objective mdpo.",
             )
         raise RecordError(
-            table.name(place),
-            f"it has {counts[place]} visual negatives and {table.name(0)!r} has {counts[0]}; the "
-            f"objective {name!r} needs the same number in all records.",
+            table.name(rows[place]),
+            f"it has {counts[place]} visual negatives and {table.name(rows[0])!r} has {counts[0]}; "
+            f"the objective {name!r} needs the same number in all records.",
             "Give every record the same number of `retrieved_images`.",
         )
     return int(counts[0])
@@ -170,10 +180,12 @@ def encode_table(
     max_response_tokens: int,
     max_tokens: int,
     progress: bool = True,
+    log: Callable[[str], None] = distributed.log_rank0,
 ) -> Examples:
     """Tokenize the records of a table into forests of `objective`'s leaves.
 
-    With a process group, every rank calls it. The ranks of a machine share the work.
+    Records without an image are skipped if the objective or the processor needs one. With a process
+    group, every rank calls it. The ranks of a machine share the work.
 
     Args:
         table: preference records.
@@ -185,29 +197,35 @@ def encode_table(
         max_tokens: maximum number of tokens in prompt and response together. More is an error,
             since cutting a prompt could cut image tokens.
         progress: whether to show a progress bar.
+        log: receives a line with the number of records without an image.
 
     Returns:
         One example per record. Their images are not decoded.
 
     Raises:
-        RecordError: on all ranks, for an unusable record. The message counts the others.
+        RecordError: on all ranks, for an unusable record. The message counts the others. Also if
+            all records are skipped.
         OSError: when the encoded records cannot be written.
     """
     settings = _settings(processor, objective, layout, max_response_tokens, max_tokens)
     folder = table.beside(settings) if settings else None
     encoder = _Encoder(processor, layout, objective, max_response_tokens, max_tokens)
     share, ranks = (0, 1) if folder is None else distributed.local_share()
-    numbers = range(-(-len(table) // _CHUNK))
+    kept = _trained(table, objective, processor, log)
+    parts = [kept[start : start + _CHUNK] for start in range(0, len(kept), _CHUNK)]
+    numbers = range(len(parts))
     batches: dict[int, pa.RecordBatch] = {}
     errors: list[Exception] = []
     try:
         if folder is not None:
             _made(folder)
         absent = [n for n in numbers[share::ranks] if folder is None or not _chunk(folder, n)]
-        total = sum(min(_CHUNK, len(table) - n * _CHUNK) for n in absent)
+        total = sum(len(parts[n]) for n in absent)
         with Progress("checking records", "records", total, quiet=not (progress and total)) as bar:
             for number in absent:
-                rows = table[number * _CHUNK : (number + 1) * _CHUNK]
+                first, part = int(parts[number][0]), parts[number]
+                span = table[first : int(part[-1]) + 1]
+                rows = [span[row - first] for row in part]
                 encoded = encoder.encode(rows)
                 bad = [one for one in encoded if isinstance(one, RecordError)]
                 errors += bad
@@ -223,8 +241,50 @@ def encode_table(
         batches = {number: _chunk(folder, number) for number in numbers}
         if not all(batches.values()):
             raise OSError(f"{folder} was changed by another process. Start the run again.")
-    chunks = [Chunk(batches[n], table, n * _CHUNK, None) for n in numbers]
+    chunks = [Chunk(batches[n], table, parts[n]) for n in numbers]
     return Examples(chunks, objective, layout.image_token_id)
+
+
+def _trained(
+    table: RecordTable, objective: Objective, processor, log: Callable[[str], None]
+) -> np.ndarray:
+    """Indices of the records that an objective is trained on, (records,) int64.
+
+    Raises:
+        RecordError: when none has an image, and one is needed.
+    """
+    images = table.counts("images")
+    without, kept = int((images == 0).sum()), np.arange(len(table))
+    if not without:
+        return kept
+    count = f"{without:,} of {len(table):,} records"
+    if not (reason := _needs_images(objective, processor)):
+        log(f"{count} have no image, and are trained as text")
+        return kept
+    if without == len(table):
+        raise RecordError(
+            table.name(0),
+            f"it has no image, and neither has any other of {len(table):,} records. {reason}",
+            "Add images to `images`.",
+        )
+    log(f"skipped {count}, which have no image. {reason}")
+    return np.flatnonzero(images)
+
+
+def _needs_images(objective: Objective, processor) -> str:
+    """The reason why each record needs an image; empty if none does."""
+    if any(leaf.image != "image" for leaf in objective.leaves):
+        return (
+            f"The objective {objective.name!r} compares images. Objectives without a visual term, "
+            "such as dpo, take these records too."
+        )
+    try:
+        processor(return_tensors="pt", **text_inputs(processor, ["a"]))
+    except Exception as error:  # processors raise errors of various types
+        return (
+            f"{type(processor).__name__} takes no prompt without an image ({short_error(error)})."
+        )
+    return ""
 
 
 def check_prompt(processor, record: Record, images: int) -> str:
@@ -387,6 +447,11 @@ class _Encoder:
         count, retrieved = len(record.images), len(record.retrieved_images)
         if image == "image":
             return [(0, place, facts) for place, facts in enumerate(record.images)]
+        if not count:
+            raise Malformed(
+                f"it has no image, and the objective {objective!r} compares images.",
+                "Add one to `images`, or train with --objective dpo.",
+            )
         if image == BLANK:  # the same size gives it the same number of image tokens
             return [(2, place, facts) for place, facts in enumerate(record.images)]
         if not (numbered := re.fullmatch(r"retrieved_image(?:_([2-9]|[1-9]\d+))?", image)):
@@ -436,7 +501,7 @@ def _in_memory(
 ) -> Examples:
     """The usable examples of a whole table."""
     rows = [row for row, one in enumerate(encoded) if not isinstance(one, RecordError)]
-    chunk = Chunk(_batch(encoded, layout), table, 0, rows)
+    chunk = Chunk(_batch(encoded, layout), table, rows)
     return Examples([chunk], objective, layout.image_token_id)
 
 

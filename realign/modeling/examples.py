@@ -181,19 +181,18 @@ def encoded_row(example: Example, images: Iterable[UsedImage], image_token_id: i
 
 
 class Chunk:
-    """Encoded records that follow each other in a record table.
+    """Encoded records of a record table.
 
     Args:
         batch: rows of `SCHEMA`.
         table: the records.
-        first: index of the first one in the table.
-        rows: for each encoded record, its index in the table. None means all from `first`.
+        rows: for each encoded record, its index in the table.
     """
 
     def __init__(
-        self, batch: pa.RecordBatch, table: RecordTable, first: int, rows: Sequence[int] | None
+        self, batch: pa.RecordBatch, table: RecordTable, rows: Sequence[int] | np.ndarray
     ) -> None:
-        self.table, self._rows, self._first = table, rows, first
+        self.table, self._rows = table, rows
         self._names = batch["name"]
         self._root_images = batch["root_images"]
         self.images = batch["images"]
@@ -210,7 +209,7 @@ class Chunk:
 
     def row(self, index: int) -> int:
         """Index of an encoded record in the table."""
-        return self._first + index if self._rows is None else self._rows[index]
+        return int(self._rows[index])
 
     def name(self, index: int) -> str:
         """Name of a record."""

@@ -8,6 +8,9 @@ and each distinct image passes the vision tower once. No token is repeated. The 
 last token predicts the first token of each of its leaves, so the head lists that row once per leaf.
 
 Without sharing (`layouts.Layout.separate`) each leaf has a row with its own copy of its root.
+
+A batch may have no image. With several ranks, it then gets a prompt with an image, and a token
+without a label. So every rank uses the same parameters, which FSDP gathers and reduces together.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from realign.distributed import world_size
 from realign.modeling.examples import Example as Example
 from realign.modeling.examples import Leaf as Leaf
 from realign.modeling.examples import Root as Root
@@ -41,7 +45,7 @@ class ForestBatch:
         block: (R, T) int64, the block whose tokens see each other both ways, -1 for none. None for
             causal attention.
         shared: whether leaves share one copy of their root. If not, a row is a root and a leaf.
-        images: the distinct images, preprocessed; None if `features` are given.
+        images: the distinct images, preprocessed; None if there are none, or `features` are given.
         features: outputs of the vision tower for these images; None if `images` are given.
         slots: index of the image at each image place in the rows, in row-major order.
         grids: grids of the images by slot (`ImageStore.grids`).
@@ -177,6 +181,13 @@ def build_batch(
             leaf_roots.append(index[root.key])
             leaf_ids.append(leaf.ids)
             rivals.append(leaf.rival)
+    scored = len(leaf_ids)
+    no_image = not any(root.images for root in roots)
+    spare = store.spare if no_image and world_size() > 1 else None
+    if spare is not None:
+        leaf_roots.append(len(roots))
+        roots.append(spare)
+        leaf_ids.append(spare.ids[-1:])
     root_lengths = np.array([len(root.ids) for root in roots], np.int64)
     leaf_lengths = np.array([len(ids) for ids in leaf_ids])
     sequence_lengths = root_lengths[leaf_roots] + leaf_lengths
@@ -225,12 +236,14 @@ def build_batch(
         depth[row, span] = root_lengths[root] + np.arange(length)
         segment[row, span] = packing.num_trees + leaf
         parent[row, span] = tree
+        if leaf == scored:
+            continue
         before = np.arange(start - 1, start + length - 1)
         before[0] = packing.tree_start[tree] + root_lengths[root] - 1
         predictors.append(row * shape[1] + before)
 
     leaves = len(examples[0].leaves)
-    owner = np.arange(len(leaf_ids))
+    owner = np.arange(scored)
     sequence = owner % leaves * len(examples) + owner // leaves
     as_tensor = torch.from_numpy
     features = store.features
@@ -244,16 +257,16 @@ def build_batch(
         columns={name: as_tensor(column) for name, column in columns.items()},
         block=as_tensor(block) if layout.both_ways else None,
         shared=shared,
-        images=store.batch(list(images)) if features is None else None,
+        images=store.batch(list(images)) if features is None and images else None,
         features=None if features is None else tuple(dict(features[key]) for key in images),
         slots=tuple(images[key] for key in slots),
         grids=store.grids(slots),
         rows=as_tensor(np.concatenate(predictors)),
-        labels=as_tensor(np.concatenate(leaf_ids)),
-        sequence_ids=as_tensor(np.repeat(sequence, leaf_lengths)),
+        labels=as_tensor(np.concatenate(leaf_ids[:scored])),
+        sequence_ids=as_tensor(np.repeat(sequence, leaf_lengths[:scored])),
         trees=trees,
         sequences=sequences(trees, shape[1]) if shared and layout.causal else None,
-        rival=as_tensor(np.repeat(rivals, leaf_lengths)) if any(rivals) else None,
+        rival=as_tensor(np.repeat(rivals, leaf_lengths[:scored])) if any(rivals) else None,
         examples=len(examples),
         names=tuple(example.name for example in examples),
     )

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from realign.data.errors import RecordError, short_error
 from realign.data.images import ImageError, StoredImage, digest_of_bytes
 from realign.data.record_table import ImageFacts, RecordTable
-from realign.modeling.examples import BLANK, COLUMNS, Chunk, Examples, UsedImage, key_array
+from realign.modeling.examples import BLANK, COLUMNS, Chunk, Examples, Root, UsedImage, key_array
 from realign.modeling.layouts import Layout
 from realign.modeling.prefetch import Copies
 from realign_kernels import refcache
@@ -313,6 +314,7 @@ class ImageStore:
         processor: the processor.
         features: outputs of the vision tower by key, which batches hold instead of pixels. If
             None, every forward computes them.
+        text_only: whether any example has no image.
     """
 
     CACHE_BYTES = 256 << 20
@@ -332,6 +334,8 @@ class ImageStore:
         shared.tokenizer = _OneAtATime(processor.tokenizer)
         self._processors = Copies(shared)
         self._chunks = examples.chunks
+        numbers = [np.diff(chunk.images.offsets.to_numpy()) for chunk in self._chunks]
+        self.text_only = any(not number.all() for number in numbers)
         self._bundles: dict[str, Bundle] = {}
         self._room = self.CACHE_BYTES if cache_bytes is None else cache_bytes
         self._lock = threading.Lock()
@@ -395,9 +399,18 @@ class ImageStore:
         self._bundles, self._room = other._bundles, other._room
         return self
 
-    def first(self) -> Images:
-        """A batch of the first image."""
-        return self.batch([next(self.keys())])
+    def first(self) -> Images | None:
+        """A batch of the first image, if there is any."""
+        return self.batch([next(self.keys())]) if len(self) else None
+
+    @cached_property
+    def spare(self) -> Root | None:
+        """The shortest prompt with an image among the first examples, if there is any."""
+        for chunk in self._chunks if self.text_only else ():
+            lengths = np.where(chunk.image_tokens > 0, chunk.root_lengths, np.inf)
+            if np.isfinite(lengths).any():  # an example has one root, for its own images
+                return next(chunk.roots(int(lengths.argmin()), self.layout.image_token_id))
+        return None
 
     def batch(self, keys: Sequence[str]) -> Images:
         """A batch of distinct images."""
@@ -469,21 +482,26 @@ def _opened(table: RecordTable, facts: ImageFacts, record: str) -> Image.Image:
 def processed(
     processor, record: str, images: Sequence[Image.Image], **inputs: Any
 ) -> Mapping[str, torch.Tensor]:
-    """Call a processor on the images of one prompt.
+    """Call a processor on the images of one prompt, which may have none.
 
     Raises:
         RecordError: when the processor raises any error.
     """
     try:
-        return processor(images=[[*images]], return_tensors="pt", **inputs)
+        return processor(**given(images), return_tensors="pt", **inputs)
     except Exception as error:  # image processors raise errors of various types
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        which = f"with image(s) of {sizes} pixels" if images else "without an image"
         raise RecordError(
             record,
-            f"the processor cannot process its prompt with image(s) of {sizes} pixels "
-            f"({short_error(error)}).",
-            "Replace the image or remove the record.",
+            f"the processor cannot process its prompt {which} ({short_error(error)}).",
+            f"{'Replace the' if images else 'Add an'} image, or remove the record.",
         ) from error
+
+
+def given(images: Sequence[Image.Image]) -> dict[str, Any]:
+    """The argument of a processor for the images of one prompt; none if it has no image."""
+    return {"images": [[*images]]} if images else {}
 
 
 def bundle_of(outputs: Mapping[str, torch.Tensor], layout: Layout | None = None) -> Bundle:

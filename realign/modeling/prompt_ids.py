@@ -31,7 +31,7 @@ from realign.data.errors import Malformed
 from realign.data.record_table import ImageFacts
 from realign.modeling.chat import TextInputs
 from realign.modeling.examples import expand
-from realign.modeling.images import SizeFacts, columns_of, cuts_tiles, preprocess, processed
+from realign.modeling.images import SizeFacts, columns_of, cuts_tiles, given, preprocess, processed
 from realign.modeling.layouts import Layout
 
 _CHECKED = 4
@@ -192,7 +192,7 @@ class PromptIds:
         blanks = [Image.new("RGB", size) for size in sizes]
         inputs = self._inputs([text])
         try:
-            self._writer(images=[blanks], return_tensors="pt", **inputs)
+            self._writer(**given(blanks), return_tensors="pt", **inputs)
         except _Stopped as stopped:
             texts = stopped.texts
             if isinstance(texts, list | tuple) and len(texts) == 1 and isinstance(texts[0], str):

@@ -1,6 +1,7 @@
 """The start-up check: forests compared with plain forwards on the processor's own output.
 
-Two records are made, one with two images of different sizes and one with a third. Their truth is a
+Two records are made, one with two images of different sizes and one with a third. If the data set
+has records without an image, a record without one is added. Their truth is a
 plain forward of the model over everything that its processor returns for prompt and response, with
 eager attention. What the language model receives there is compared part by part with what it
 receives in a forest: token columns, image features, positions and masks. So a message names the
@@ -41,12 +42,16 @@ from realign.modeling.decoder_inputs import (
 from realign.modeling.encode import encode_records
 from realign.modeling.examples import Example
 from realign.modeling.forest import ForestBatch, build_batch
-from realign.modeling.images import ImageStore, bundle_of, columns_of, moved
+from realign.modeling.images import ImageStore, bundle_of, columns_of, given, moved
 from realign.modeling.layouts import TESTED, Layout
 from realign_kernels import objectives
 
 _SIZES = ((224, 224), (160, 320), (320, 160))  # width, height
-_QUESTIONS = {1: "What is in the image?", 2: "First <image> and then <image> is left or right?"}
+_QUESTIONS = {
+    0: "Are apples red?",
+    1: "What is in the image?",
+    2: "First <image> and then <image> is left or right?",
+}
 _ANSWERS = ("one red dot", "two small blue dots")
 _LEAST = {torch.float32: 1e-3, torch.bfloat16: 0.02}
 """Accepted mean difference per token, also if the rounding is smaller."""
@@ -162,12 +167,16 @@ def _first_record(
 
 
 def _examples(store: ImageStore) -> tuple[list[Record], Sequence[Example], ImageStore]:
-    """Records of two images and of one, or of one image each if the template takes no more."""
+    """Records of two images and of one, or of one image each if the template takes no more.
+
+    Another one has no image, if records of the data set have none.
+    """
     images = [_image(size, seed) for seed, size in enumerate(_SIZES)]
+    none = [[]] if store.text_only else []
     try:
-        return _encoded(store, [images[:2], images[2:]])
+        return _encoded(store, [images[:2], images[2:], *none])
     except RecordError:
-        return _encoded(store, [images[:1], images[1:2]])
+        return _encoded(store, [images[:1], images[1:2], *none])
 
 
 def _encoded(
@@ -222,7 +231,7 @@ def _check_names(model: Model, store: ImageStore, records: Sequence[Record]) -> 
 def _processed(processor: Any, record: Record, text: str) -> dict[str, Any]:
     images = [image.open(record.name) for image in record.images]
     inputs = TextInputs(processor)([text])
-    return dict(processor(images=[images], return_tensors="pt", **inputs))
+    return dict(processor(**given(images), return_tensors="pt", **inputs))
 
 
 def _truths(

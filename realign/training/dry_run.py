@@ -304,9 +304,10 @@ class Plan:
         """Peak bytes of a rank by part, without imports."""
         largest = max(self.layouts, key=lambda layout: layout.rows * layout.columns)
         batch = self._batch(largest.batch)
-        assert batch.images is not None
-        sizes = [value.nbytes for call in batch.images.calls for value in call.values()]
-        image = sum(sizes) // len(batch.images.tokens)
+        images = batch.images or self.store.first()
+        calls = images.calls if images else ()
+        image = sum(value.nbytes for call in calls for value in call.values())
+        image //= len(images.tokens) if images else 1
         parts = rank_memory(
             self.model,
             batch,

@@ -135,6 +135,8 @@ def measure(
         try:
             _loss(model, batch)
         except READS_VALUES:  # the tower reads its grids or masks
+            if batch.images is None:
+                raise
             batch = _with_features(model, batch)
             trace.events.clear()
             _loss(model, batch)

@@ -196,6 +196,11 @@ def train_step(
     )
     forwards = -(-len(local_indices) // optim.micro_batch_size)
     totals = forward_backward(islice(ready, forwards))
+    if run.inputs.store.text_only:
+        # Without an image the projector has no gradient. Sharded, it has zeros (`build_batch`).
+        for parameter in run.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
     norm = clip(run.trained, optim.clip)
     metrics, stopping = update_and_read(optimizer, totals, norm, optim.batch_size, bool(stop.name))
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):

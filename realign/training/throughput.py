@@ -119,19 +119,21 @@ class Cost:
         return sum(work[f"work/{name}"] * each for name, each in units.items())
 
 
-def image_flop(model: ForestModel, images: Images, device: torch.device) -> float:
+def image_flop(model: ForestModel, images: Images | None, device: torch.device) -> float:
     """FLOP of vision tower and projector for one image token, counted on one image.
 
     This runs one forward of the tower. Under FSDP2 every rank must call it.
 
     Args:
         model: on `device`, sharded or not.
-        images: a batch of one image.
+        images: a batch of one image, or None for a data set without images.
         device: device of the model.
 
     Raises:
         ValueError: when the processor does not belong to the model.
     """
+    if images is None:
+        return 0.0
     counter = FlopCounterMode(display=False)  # counts matrix products, not attention kernels
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model.image_features(images.to(device, model.dtype))

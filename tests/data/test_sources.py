@@ -216,12 +216,20 @@ def test_streams_raise_at_their_end_and_count_what_is_skipped(folder):
     pq.write_table(pa.Table.from_pylist([*rows, *_rows(1)]), "rows.parquet")
     skipped: Counter[str] = Counter()
     stream = stream_pairs("rows.parquet", skipped=skipped)
-    assert [next(stream).name, next(stream).name] == ["rows.parquet:0", "rows.parquet:3"]
+    read = [next(stream) for _ in range(3)]
+    assert [record.name for record in read] == [f"rows.parquet:{i}" for i in (0, 2, 3)]
+    assert [len(record.images) for record in read] == [1, 0, 1]
     with pytest.raises(RecordError, match="'rows.parquet:1': its rejected response is empty"):
         next(stream)
-    pq.write_table(pa.Table.from_pylist([rows[0], rows[2]]), "rows.parquet")
+    rated = {"prompt": "What is it?", "image": rows[0]["image"]}
+    equal = [{"response": text, "score": 1} for text in ("A cat.", "A dog.")]
+    better = [{"response": text, "score": score} for score, text in enumerate(("A dog.", "A cat."))]
+    pq.write_table(
+        pa.Table.from_pylist([rated | {"completions": these} for these in (equal, better)]),
+        "rows.parquet",
+    )
     assert len(list(stream_pairs("rows.parquet", skipped=skipped))) == 1
-    assert skipped == {"no image": 1}
+    assert skipped == {"tie": 1}
 
 
 STREAM = """

@@ -9,8 +9,9 @@ from PIL import Image
 
 
 def encode(processor, images: Sequence[Image.Image], text: str) -> dict[str, torch.Tensor]:
-    """All outputs of the processor for the images of one rendered prompt."""
-    return dict(processor(images=[list(images)], text=[text], return_tensors="pt"))
+    """All outputs of the processor for the images of one rendered prompt, which may have none."""
+    given = {"images": [list(images)]} if images else {}
+    return dict(processor(**given, text=[text], return_tensors="pt"))
 
 
 def with_response(inputs: dict, response: Sequence[int], family: str) -> dict[str, torch.Tensor]:

@@ -242,7 +242,7 @@ def test_a_path_has_a_split_an_image_folder_and_a_count_of_skipped(pairs_file, t
     train = config(tmp_path, split="train", **settings)
     trainer = RDPOTrainer(str(ASSETS), train, str(tmp_path / "data"))
     assert [example.name for example in trainer.examples] == [r.name for r in given[:3]]
-    assert "skipped records: 1 no image" in capsys.readouterr().out
+    assert "skipped 1 of 4 records, which have no image" in capsys.readouterr().out
     with pytest.raises(ValueError, match="splits test, train. Add --split, or load one"):
         RDPOTrainer(str(ASSETS), config(tmp_path, **settings), str(tmp_path / "data"))
     with pytest.raises(ValueError, match="image_workers is -1; it must be 0 or more"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from realign.data.errors import short_repr
-from realign.data.messages import TAGS, place_images, texts_of
+from realign.data.messages import TAGS, VIDEO_TAGS, place_images, texts_of
 from realign.data.records import has_parts
 
 _TAGS = re.compile(r"</?[a-zA-Z!][^<>]*>")
@@ -19,6 +19,8 @@ def problem_of(text: str) -> tuple[str, str] | None:
         return "control characters", quoted
     if TAGS.search(text):
         return "image token", f"{quoted} contains an image tag"
+    if VIDEO_TAGS.search(text):
+        return "video", f"{quoted} contains a video tag, and videos are not supported"
     if not any(c.isalnum() for c in text):
         return "empty text", f"{quoted} has no letter or digit"
     if len(_TAGS.sub("", text).strip()) < len(text.strip()) / 2:
