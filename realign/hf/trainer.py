@@ -91,14 +91,15 @@ class RDPOTrainer(Trainer):
         adapted = peft_config is not None or self.adapter is not None
         checks.check_weights(vlm, adapted=adapted, autocast=args.autocast)
         dtype = torch.bfloat16 if args.autocast else vlm.dtype
-        # PEFT decides which weights of given adapters are trained. New adapters are added after
-        # the tower is frozen.
+        # PEFT decides which weights of adapters are trained. New adapters are added after the
+        # tower is frozen, so that only their own weights in it are trained.
         module = parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
         self._base, self._digest = str(path), ""  # digest of the base, set with the references
         self._about = reference_logps.description(vlm, processor, dtype, args.device, args.kernels)
         set_seed(args.seed)  # adapters draw the same weights on every rank
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
+            module.freeze(train_vision=True)
         if self.adapter is not None:
             adapter_checks.check(self.adapter, self._log_rank0)
             self._log_rank0(lora_targets.share(vlm))

@@ -78,6 +78,14 @@ class ForestModel(nn.Module):
         self.attention, self.instead = suitable(decoder, self.layout)
         decoder.config._attn_implementation = self.attention
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
+        self.freeze(train_vision)
+
+    def freeze(self, train_vision: bool) -> None:
+        """Freeze the parts that are not trained. Adapters that are added later are not frozen.
+
+        Args:
+            train_vision: whether the vision tower is trained.
+        """
         self._train_vision = train_vision
         for parameter in self.frozen_parameters():
             parameter.requires_grad_(False)

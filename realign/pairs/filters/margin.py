@@ -38,7 +38,7 @@ MARGIN = Objective(
 """The chosen response on both images."""
 
 _fingerprints: WeakKeyDictionary = WeakKeyDictionary()
-"""Model -> (fingerprint, whether its layout separates responses). Both take seconds to compute."""
+"""Model -> (fingerprint, layout after the start-up check). Both take seconds to compute."""
 
 
 class VisualMargin(PairFilter):
@@ -169,6 +169,7 @@ def _fingerprint(
         fingerprint = reference_logps.fingerprint(vlm, processor, model.dtype, vlm.device)
         for line in model.check_forest(example, store, vlm.device):
             log(line)
-        _fingerprints[vlm] = fingerprint, model.layout.separate
-    fingerprint, model.layout.separate = _fingerprints[vlm]
+        _fingerprints[vlm] = fingerprint, model.layout
+    fingerprint, checked = _fingerprints[vlm]
+    store.layout.separate, store.layout.one_by_one = checked.separate, checked.one_by_one
     return fingerprint
