@@ -34,13 +34,15 @@ from realign.modeling.decoder_inputs import (
     Model,
     Noise,
     Truth,
+    compare_heads,
     compare_parts,
     mean_size,
+    of_leaf,
     recorded,
 )
 from realign.modeling.encode import encode_records
 from realign.modeling.examples import Example
-from realign.modeling.forest import ForestBatch, build_batch
+from realign.modeling.forest import build_batch
 from realign.modeling.images import ImageStore, bundle_of, columns_of, moved
 from realign.modeling.layouts import TESTED, Layout
 from realign_kernels import objectives
@@ -50,6 +52,9 @@ _QUESTIONS = {1: "What is in the image?", 2: "First <image> and then <image> is 
 _ANSWERS = ("one red dot", "two small blue dots")
 _LEAST = {torch.float32: 1e-3, torch.bfloat16: 0.02}
 """Accepted mean difference per token, also if the rounding is smaller."""
+_LEAST_OF_HEAD, _HEAD_NOISES = 1e-3, 4
+"""Accepted mean difference per token between heads on the same hidden states: at least, and as a
+multiple of the rounding of logits. Measured: at most 0.8 times."""
 _LEAST_OF_RECORD = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Accepted mean difference per token between a shared copy of a prompt and separate ones."""
 
@@ -66,9 +71,9 @@ def run(model: Model, example: Example, store: ImageStore, device: torch.device)
             yield from lines
             yield from _first_record(model, example, store, device)
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
-        if _of_machine(error) or kind in TESTED:
+        if _of_machine(error):
             raise
-        raise _refusal(kind, f"its start-up check failed: {short_error(error)}") from error
+        raise _refusal(model, f"its start-up check failed: {short_error(error)}") from error
     finally:
         model.vlm.train(training)
     if kind not in TESTED:
@@ -80,10 +85,12 @@ def run(model: Model, example: Example, store: ImageStore, device: torch.device)
         yield f"each response gets its own copy of the prompt: {model.layout.separate}"
 
 
-def _refusal(kind: str, what: str) -> ValueError:
+def _refusal(model: Model, what: str) -> ValueError:
+    config = model.vlm.config
     return ValueError(
-        f"models of type {kind!r} are not trained: {what}. Use a model of a tested type "
-        f"({', '.join(sorted(TESTED))}), or its processor of the same version."
+        f"models of type {config.model_type!r} with a language model of type "
+        f"{config.get_text_config().model_type!r} are not trained: {what}. Use a model of "
+        "docs/families.md, or the processor of this model in the same version."
     )
 
 
@@ -104,7 +111,7 @@ def _gap(model: Model, store: ImageStore, device: torch.device) -> tuple[float, 
     Raises:
         ValueError: when they differ by more than rounding.
     """
-    kind, layout, lines = model.vlm.config.model_type, model.layout, []
+    layout, lines = model.layout, []
     records, examples, own = _examples(store)
     _check_names(model, own, records)
     with _attends(model, "eager"):
@@ -117,8 +124,10 @@ def _gap(model: Model, store: ImageStore, device: torch.device) -> tuple[float, 
         try:
             with _attends(model, "eager"), _joint_errors(layout):
                 compare_parts(model, batch, truths, noise)
-            found = _logps(model, batch)
-            gap = mean_size([found[t.leaf] - t.logps.to(found[t.leaf].device) for t in truths])
+            for truth in truths:
+                compare_heads(model, truth, max(_LEAST_OF_HEAD, _HEAD_NOISES * noise.head))
+            logps = model.logps(batch).double()
+            gap = mean_size([logps[of_leaf(batch, t.leaf)] - t.logps for t in truths])
             if not gap <= max(_LEAST[model.dtype], NOISES * noise.logps):
                 raise Differs(
                     f"log-probs with {model.attention} attention differ from plain forwards by "
@@ -138,7 +147,7 @@ def _gap(model: Model, store: ImageStore, device: torch.device) -> tuple[float, 
         elif failed.shared_only and shared:
             layout.separate = str(failed)
         else:
-            raise _refusal(kind, str(failed))
+            raise _refusal(model, str(failed))
 
 
 def _first_record(
@@ -167,7 +176,14 @@ def _examples(store: ImageStore) -> tuple[list[Record], Sequence[Example], Image
     try:
         return _encoded(store, [images[:2], images[2:]])
     except RecordError:
+        pass
+    try:
         return _encoded(store, [images[:1], images[1:2]])
+    except RecordError as error:
+        problem = str(error).partition(": ")[2]
+        raise ValueError(
+            f"the start-up check asks a question about an image, without a system message: {problem}"
+        ) from error
 
 
 def _encoded(
@@ -202,7 +218,7 @@ def _image(size: tuple[int, int], seed: int) -> StoredImage:
 
 def _check_names(model: Model, store: ImageStore, records: Sequence[Record]) -> None:
     """Check that every output of the processor that the model takes is passed on."""
-    layout, kind = store.layout, model.vlm.config.model_type
+    layout = store.layout
     accepted = layouts.parameters(model.vlm.model, "forward")
     accepted |= layouts.parameters(model.vlm.model, "get_image_features")
     for record in records:
@@ -212,11 +228,11 @@ def _check_names(model: Model, store: ImageStore, records: Sequence[Record]) -> 
         passed = layout.tower_inputs | {*layout.grids}
         for name in accepted & (outputs.keys() - {"input_ids", "attention_mask", "labels"}):
             if name not in (layout.accepts if name in columns else passed):
-                raise _refusal(kind, f"its processor returns {name!r}, which is not passed on")
+                raise _refusal(model, f"its processor returns {name!r}, which is not passed on")
         for name in layout.tower_inputs & outputs.keys():
             if name not in bundle:
                 form = type(outputs[name]).__name__
-                raise _refusal(kind, f"its processor returns {name!r} as a {form}, not a tensor")
+                raise _refusal(model, f"its processor returns {name!r} as a {form}, not a tensor")
 
 
 def _processed(processor: Any, record: Record, text: str) -> dict[str, Any]:
@@ -240,7 +256,7 @@ def _truths(
         inputs = _plain_inputs(model, store, record, example, place)
         prompt = len(example.roots[0].ids)
         with recorded(model) as seen, _of_processor(model.vlm.config.model_type):
-            logps = _plain(model, inputs, prompt, device)
+            logps, _ = _plain(model, inputs, prompt, device)
         if not logps.isfinite().all():
             raise ValueError(
                 "log-probs of a plain forward are NaN or infinite. Check the model's weights, and "
@@ -249,13 +265,13 @@ def _truths(
         truths.append(Truth(index * count + place, prompt, inputs, seen, logps))
     first = truths[0]
     with _rounding(model), recorded(model) as seen:
-        logps = _plain(model, first.inputs, first.prompt, device)
+        logps, head = _plain(model, first.inputs, first.prompt, device)
     inputs = {
         name: mean_size([value - seen.inputs[name]]) / max(mean_size([value]), 1e-30)
         for name, value in first.seen.inputs.items()
         if value.is_floating_point()
     }
-    return truths, Noise(mean_size([logps - first.logps]), inputs)
+    return truths, Noise(mean_size([logps - first.logps]), head, inputs)
 
 
 def _plain_inputs(
@@ -288,22 +304,22 @@ def _plain_inputs(
 
 def _plain(
     model: Model, inputs: dict[str, torch.Tensor], prompt: int, device: torch.device
-) -> torch.Tensor:
-    """Log-probs of the response in a plain forward, (R,) fp64."""
+) -> tuple[torch.Tensor, float]:
+    """Log-probs of the response in a plain forward, (R,) fp64, and the effect of rounded logits."""
     ids = inputs["input_ids"][0, prompt:].to(device)
     logits = model.plain_logits(moved(inputs, device, model.dtype))[0, prompt - 1 : -1]
-    return logits.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    half = torch.finfo(model.dtype).eps / 2
+    others = _rounded(logits, half, torch.Generator(device).manual_seed(0))
+    logps, rounded = (
+        some.double().log_softmax(-1).gather(1, ids[:, None])[:, 0] for some in (logits, others)
+    )
+    return logps, mean_size([rounded - logps])
 
 
-def _logps(model: Model, batch: ForestBatch) -> dict[int, torch.Tensor]:
-    """Log-probs of each leaf of a forest by its index, (R,) fp64."""
-    logps = model.logps(batch).double()
-    leaves = int(batch.sequence_ids.max()) // batch.examples + 1
-    return {
-        example * leaves + leaf: logps[batch.sequence_ids == leaf * batch.examples + example]
-        for leaf in range(leaves)
-        for example in range(batch.examples)
-    }
+def _rounded(values: torch.Tensor, size: float, generator: torch.Generator) -> torch.Tensor:
+    """Values that are larger or smaller by a share of `size`, at random."""
+    up = torch.empty_like(values).bernoulli_(0.5, generator=generator)
+    return values * (1 + size * (2 * up - 1))
 
 
 def _uncompiled() -> AbstractContextManager:
@@ -313,9 +329,10 @@ def _uncompiled() -> AbstractContextManager:
 
 
 def _of_machine(error: Exception) -> bool:
-    """Whether an error is not about the model: memory, or another rank that has ended."""
+    """Whether an error is not about the model: memory, a GPU, or another rank that has ended."""
     lost = isinstance(error, RuntimeError) and distributed.lost_a_rank(error)
-    return lost or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    machine = torch.OutOfMemoryError | torch.AcceleratorError | MemoryError
+    return lost or isinstance(error, machine)
 
 
 @contextmanager
@@ -371,8 +388,7 @@ def _rounding(model: Model) -> Iterator[None]:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         generator = random.setdefault(value.device, torch.Generator(value.device).manual_seed(0))
-        up = torch.empty_like(value).bernoulli_(0.5, generator=generator)
-        return value * (1 + half * (2 * up - 1))
+        return _rounded(value, half, generator)
 
     with ExitStack() as stack:
         for layer in model.layers:
