@@ -182,7 +182,8 @@ def _examples(store: ImageStore) -> tuple[list[Record], Sequence[Example], Image
     except RecordError as error:
         problem = str(error).partition(": ")[2]
         raise ValueError(
-            f"the start-up check asks a question about an image, without a system message: {problem}"
+            "the start-up check asks a question about an image, without a system message: "
+            f"{problem}"
         ) from error
 
 
