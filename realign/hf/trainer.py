@@ -37,6 +37,7 @@ from realign.modeling import lora_targets, reference_logps
 from realign.modeling.attention import choose
 from realign.modeling.encode import encode_table, make_objective
 from realign.modeling.images import ImageStore
+from realign.modeling.layouts import max_tokens
 from realign.modeling.loading import adapter_base, load_model
 from realign.modeling.prefetch import builder
 from realign.training import metrics
@@ -122,7 +123,7 @@ class RDPOTrainer(Trainer):
             objective=self.objective,
             layout=module.layout,
             max_response_tokens=args.max_response_tokens,
-            max_tokens=vlm.config.get_text_config().max_position_embeddings,
+            max_tokens=max_tokens(vlm),
             progress=shows,
         )
         # Data sets are ranges of examples: first for training, then for evaluation.

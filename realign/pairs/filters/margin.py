@@ -22,6 +22,7 @@ from realign.modeling import reference_logps
 from realign.modeling.encode import encode_records
 from realign.modeling.forest import Example
 from realign.modeling.images import ImageStore
+from realign.modeling.layouts import max_tokens
 from realign.modeling.model import ForestModel
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
@@ -128,7 +129,7 @@ def visual_margins(
         MARGIN,
         layout=model.layout,
         max_response_tokens=1024,
-        max_tokens=vlm.config.get_text_config().max_position_embeddings,
+        max_tokens=max_tokens(vlm),
         progress=False,
         on_bad=exclude,
     )
