@@ -37,6 +37,7 @@ from realign.modeling import lora_targets, reference_logps
 from realign.modeling.attention import choose
 from realign.modeling.encode import encode_table, make_objective
 from realign.modeling.images import ImageStore
+from realign.modeling.layouts import max_tokens
 from realign.modeling.loading import adapter_base, load_model
 from realign.modeling.prefetch import builder
 from realign.training import metrics
@@ -91,14 +92,15 @@ class RDPOTrainer(Trainer):
         adapted = peft_config is not None or self.adapter is not None
         checks.check_weights(vlm, adapted=adapted, autocast=args.autocast)
         dtype = torch.bfloat16 if args.autocast else vlm.dtype
-        # PEFT decides which weights of given adapters are trained. New adapters are added after
-        # the tower is frozen.
+        # PEFT decides which weights of adapters are trained. New adapters are added after the
+        # tower is frozen, so that only their own weights in it are trained.
         module = parts.Module(vlm, train_vision=self.adapter is not None, dtype=dtype)
         self._base, self._digest = str(path), ""  # digest of the base, set with the references
         self._about = reference_logps.description(vlm, processor, dtype, args.device, args.kernels)
         set_seed(args.seed)  # adapters draw the same weights on every rank
         if peft_config is not None:
             self.adapter = get_peft_model(vlm, peft_config)
+            module.freeze(train_vision=True)
         if self.adapter is not None:
             adapter_checks.check(self.adapter, self._log_rank0)
             self._log_rank0(lora_targets.share(vlm))
@@ -121,7 +123,7 @@ class RDPOTrainer(Trainer):
             objective=self.objective,
             layout=module.layout,
             max_response_tokens=args.max_response_tokens,
-            max_tokens=vlm.config.get_text_config().max_position_embeddings,
+            max_tokens=max_tokens(vlm),
             progress=shows,
             log=self._log_rank0,
         )

@@ -34,6 +34,7 @@ class Model(Protocol):
     def layers(self) -> list[nn.Module]: ...
     def logps(self, batch: ForestBatch) -> torch.Tensor: ...
     def plain_logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor: ...
+    def head_logps(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...
     def frozen_parameters(self) -> list[nn.Parameter]: ...
 
 
@@ -58,8 +59,10 @@ class Seen:
         inputs: tensors by name of the parameter.
         positions: positions by name of the rotary embedding.
         masks: masks by index of the layer, True where a query sees a key, (R, 1, T, T).
+        states: input of the head, (..., H). None if the head was not called.
     """
 
+    states: torch.Tensor | None = None
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     positions: dict[str, torch.Tensor] = field(default_factory=dict)
     masks: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -86,20 +89,27 @@ class Truth:
 
 @dataclass
 class Noise:
-    """Mean effect of rounding: on log-probs, and relative on inputs of the language model."""
+    """Mean effect of rounding.
+
+    Attributes:
+        logps: on log-probs, if all layers round differently.
+        head: on log-probs, if only logits do.
+        inputs: on inputs of the language model by name, relative to their mean.
+    """
 
     logps: float
+    head: float
     inputs: dict[str, float]
 
 
-def compare_parts(model: Model, batch: ForestBatch, truths: Sequence[Truth], noise: Noise) -> None:
+def compare_parts(
+    model: Model, batch: ForestBatch, forest: Seen, truths: Sequence[Truth], noise: Noise
+) -> None:
     """Compare what the language model receives in a forest and in plain forwards.
 
     Raises:
         Differs: for the first part that differs.
     """
-    with recorded(model) as forest:
-        model.logps(batch)
     trees = int(batch.parent.max()) + 1
     others = _image_embeddings(model, truths)
     for truth in truths:
@@ -111,6 +121,7 @@ def compare_parts(model: Model, batch: ForestBatch, truths: Sequence[Truth], noi
         ids = truth.inputs["input_ids"][0].to(batch.input_ids.device)
         if not torch.equal(batch.input_ids[row, place.columns], ids):
             raise Differs("token ids differ from those of the processor")
+        _compare_rows(batch, truth, place)
         for name, column in columns_of(truth.inputs, model.layout).items():
             if name not in batch.columns:
                 continue  # the model does not read it
@@ -123,6 +134,35 @@ def compare_parts(model: Model, batch: ForestBatch, truths: Sequence[Truth], noi
             place.compare("positions", found, expected[..., 0, :], shared_only=True)
         for layer in truth.seen.masks.keys() | forest.masks.keys():
             _compare_masks(place, layer, forest.masks.get(layer), truth.seen.masks.get(layer))
+
+
+def of_leaf(batch: ForestBatch, leaf: int) -> torch.Tensor:
+    """Which labels of a batch belong to a leaf, by its index as in `Truth.leaf`, (N,) bool."""
+    leaves = int(batch.sequence_ids.max()) // batch.examples + 1
+    example, number = divmod(leaf, leaves)
+    return batch.sequence_ids == number * batch.examples + example
+
+
+def logps_of_head(model: Model, truth: Truth) -> torch.Tensor:
+    """Log-probs of a response by our head, on the hidden states of a plain forward, (R,) fp32."""
+    if truth.seen.states is None:
+        return truth.logps
+    states = truth.seen.states.flatten(0, -2)[truth.prompt - 1 : -1]
+    return model.head_logps(states, truth.inputs["input_ids"][0, truth.prompt :])
+
+
+def compare_heads(heads: Sequence[torch.Tensor], truths: Sequence[Truth], bound: float) -> None:
+    """Compare results of `logps_of_head` with plain forwards.
+
+    Raises:
+        Differs: for log-probs that differ by more than `bound` per token.
+    """
+    gap = mean_size([head - truth.logps for head, truth in zip(heads, truths, strict=True)])
+    if not gap <= bound:
+        raise Differs(
+            f"log-probs of the head differ by {gap:.2g} per token on the same hidden states, as by "
+            "a scale or softcap of logits"
+        )
 
 
 @dataclass(frozen=True)
@@ -156,6 +196,18 @@ class _Place:
                 "plain forward",
                 shared_only,
             )
+
+
+def _compare_rows(batch: ForestBatch, truth: Truth, place: _Place) -> None:
+    """Compare the labels of a response, and the positions that predict them."""
+    scored = of_leaf(batch, truth.leaf)
+    rows, labels = batch.rows.cpu()[scored], batch.labels[scored]
+    first = place.row * batch.input_ids.shape[1]
+    before = first + place.columns.cpu()[place.prompt - 1 : -1]
+    if not torch.equal(rows, before):
+        raise Differs("tokens of a response are predicted at other positions than before them")
+    if not torch.equal(labels, truth.inputs["input_ids"][0, place.prompt :]):
+        raise Differs("labels differ from the tokens of a response")
 
 
 def _compare_inputs(
@@ -247,6 +299,9 @@ def recorded(model: Model) -> Iterator[Seen]:
     """Record what the language model receives in a forward."""
     decoder, seen = model.vlm.model.get_decoder(), Seen()
 
+    def of_head(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.states = args[0]
+
     def of_decoder(module: nn.Module, args: tuple, kwargs: dict) -> None:
         for name, value in _arguments(module, args, kwargs).items():
             if name in ("attention_mask", "position_ids", "input_ids"):
@@ -277,6 +332,8 @@ def recorded(model: Model) -> Iterator[Seen]:
             stack.callback(handle.remove)
 
         hook(decoder, of_decoder)
+        if (head := model.vlm.get_output_embeddings()) is not None:
+            hook(head, of_head)
         for name, module in decoder.named_modules():
             if "rotary_emb" in name.rsplit(".", 1)[-1]:
                 hook(module, of_rotary, name)

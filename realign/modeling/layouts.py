@@ -178,7 +178,7 @@ def layout_of(vlm: PreTrainedModel) -> Layout:
             f"cannot be encoded once for many prompts. Known types: {', '.join(sorted(TESTED))}."
         )
     text = vlm.config.get_text_config()
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
         if getattr(text, name, None) not in (None, 1):
             raise ValueError(
                 f"the model scales its logits ({name} = {getattr(text, name)}), which the loss "
@@ -259,6 +259,18 @@ def parameters(model: nn.Module | None, method: str) -> frozenset[str]:
     """Names of the parameters of a method; none if the model lacks it."""
     function = getattr(model, method, None)
     return frozenset(inspect.signature(function).parameters) if function else frozenset()
+
+
+def max_tokens(vlm: PreTrainedModel) -> int:
+    """Largest number of tokens of a prompt and a response together.
+
+    With longrope, one longer sequence would change the positions of all others in its batch.
+    """
+    text = vlm.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    changes = rope.get("rope_type") == "longrope"
+    original = rope.get("original_max_position_embeddings") if changes else None
+    return original or text.max_position_embeddings
 
 
 def head_width(text: PreTrainedConfig) -> int:

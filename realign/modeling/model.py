@@ -78,6 +78,14 @@ class ForestModel(nn.Module):
         self.attention, self.instead = suitable(decoder, self.layout)
         decoder.config._attn_implementation = self.attention
         self.softcap = getattr(vlm.config.get_text_config(), "final_logit_softcapping", None)
+        self.freeze(train_vision)
+
+    def freeze(self, train_vision: bool) -> None:
+        """Freeze the parts that are not trained. Adapters that are added later are not frozen.
+
+        Args:
+            train_vision: whether the vision tower is trained.
+        """
         self._train_vision = train_vision
         for parameter in self.frozen_parameters():
             parameter.requires_grad_(False)
@@ -104,7 +112,7 @@ class ForestModel(nn.Module):
 
         If a log-prob is NaN or infinite, all results are NaN.
         """
-        hidden, weight, bias = self._head_inputs(batch)
+        hidden, weight, bias = self._head_inputs(self._hidden(batch))
         try:
             output = linear_preference_loss(
                 hidden,
@@ -129,11 +137,9 @@ class ForestModel(nn.Module):
         Raises:
             NonFiniteRecords: when a log-prob is NaN or infinite.
         """
-        hidden, weight, bias = self._head_inputs(batch)
+        hidden = self._hidden(batch)
         try:
-            return linear_logprobs(
-                hidden, weight, batch.labels, rival=batch.rival, bias=bias, softcap=self.softcap
-            )
+            return self.head_logps(hidden, batch.labels, batch.rival)
         except NonFiniteError as error:
             owners = batch.sequence_ids[error.rows] % batch.examples
             names = sorted({batch.names[i] for i in owners.tolist()})
@@ -141,6 +147,16 @@ class ForestModel(nn.Module):
                 f"record(s) {', '.join(names)}: {error} Nothing was updated. If one record is "
                 "named, check its image and text. If all are, check the model's weights."
             ) from error
+
+    def head_logps(
+        self,
+        hidden: torch.Tensor,  # (N, H)
+        labels: torch.Tensor,  # (N,)
+        rival: torch.Tensor | None = None,  # (N,)
+    ) -> torch.Tensor:
+        """Compute log-probs of labels from last hidden states, (N,) fp32."""
+        hidden, weight, bias = self._head_inputs(hidden)
+        return linear_logprobs(hidden, weight, labels, rival=rival, bias=bias, softcap=self.softcap)
 
     def image_features(self, images: Images) -> list[Features]:
         """Compute the features of each image, in order (`images.features`).
@@ -187,9 +203,9 @@ class ForestModel(nn.Module):
         return features(self.vlm, images, calls=calls)
 
     def _head_inputs(
-        self, batch: ForestBatch
+        self, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # (N, H), (V, H), (V,)
-        hidden = self._hidden(batch).to(self.dtype)
+        hidden = hidden.to(self.dtype)
         # Reading lm_head.weight would omit LoRA on the head, or a trained copy of it.
         head = self.vlm.get_output_embeddings()
         assert head is not None  # `layout_of` rejects models without a head

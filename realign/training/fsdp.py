@@ -140,11 +140,8 @@ def shard(
         if unit is model or not unsharded.issuperset(unit.parameters()):
             fully_shard(unit, **options)
         done.update(modules)
-    for method in (
-        "logps",
-        "image_features",
-        "plain_logits",
-    ):  # they gather weights as `forward` does
+    for method in ("logps", "image_features", "plain_logits", "head_logps"):
+        # They gather weights as `forward` does.
         register_fsdp_forward_method(model, method)
 
 

@@ -20,6 +20,7 @@ from realign.modeling.encode import encode_table, make_objective
 from realign.modeling.examples import Examples
 from realign.modeling.feature_cache import FeatureCache
 from realign.modeling.images import ImageStore
+from realign.modeling.layouts import max_tokens
 from realign.modeling.loading import (
     DTYPES,
     add_lora,
@@ -109,7 +110,7 @@ def load_inputs(
         objective,
         layout=model.layout,
         max_response_tokens=max_response_tokens,
-        max_tokens=vlm.config.get_text_config().max_position_embeddings,
+        max_tokens=max_tokens(vlm),
         progress=progress,
     )
     store = ImageStore(processor, model.layout, examples, workers=workers)

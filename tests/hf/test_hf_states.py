@@ -225,6 +225,16 @@ def test_an_adapter_on_the_vision_tower_learns(records, tmp_path):
     assert before and not any(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_a_new_adapter_learns_wherever_its_configuration_puts_it(targets, records, tmp_path):
+    adapter = LoraConfig(r=4, target_modules=targets)
+    trainer = RDPOTrainer(str(ASSETS), config(tmp_path, max_steps=1), records, peft_config=adapter)
+    trainer.train()
+    learned = {n: p for n, p in trainer.model.vlm.named_parameters() if "lora_B" in n}
+    assert {"vision_tower" in name for name in learned} == {True, False}
+    assert all(p.requires_grad and p.any() for p in learned.values())
+
+
 def test_inactive_adapters_do_not_change(adapted, records, tmp_path):
     adapted.add_adapter("second", LoraConfig(**LORA))
     adapted.set_adapter("second")

@@ -1,5 +1,7 @@
 """Attention that trees do not compute: sinks, other options, values narrower than keys."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from family_cases import (
@@ -14,10 +16,11 @@ from family_cases import (
     truth,
 )
 from tiny_vlms import make
-from transformers import GotOcr2Config
+from transformers import AutoConfig, GotOcr2Config
 
 from realign.modeling import attention, tree_attention
 from realign.modeling.forest import build_batch
+from realign.modeling.layouts import max_tokens
 from realign.modeling.model import ForestModel
 
 SINKS, LATENT = "internvl-gpt_oss", "kimi_k25"
@@ -117,3 +120,16 @@ def test_models_are_loaded_with_an_implementation_that_their_classes_support():
         "": "eager",
         "text_config": "sdpa",
     }
+
+
+def test_longrope_limits_records_to_the_original_length():
+    """A longer sequence would change the frequencies of all others in a forward."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": 60}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
+    text = {"model_type": "phi3", "rope_parameters": rope | {"rope_theta": 1e4}, **lengths, **sizes}
+    config = AutoConfig.for_model("internvl", text_config=text)
+    assert max_tokens(SimpleNamespace(config=config)) == 60
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    config = AutoConfig.for_model("internvl", text_config=text)
+    assert max_tokens(SimpleNamespace(config=config)) == 512

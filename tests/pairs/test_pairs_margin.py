@@ -127,6 +127,26 @@ def test_training_finds_what_margins_computed(dtype, tmp_path, monkeypatch):
     assert np.array_equal((logps[0] - logps[2]).numpy(), first)
 
 
+def test_a_later_shard_passes_images_as_the_check_decided(vlm, processor, tmp_path, monkeypatch):
+    def one_image_a_call(model, *given):
+        model.layout.one_by_one = True
+        return iter(())
+
+    calls = []
+
+    def counted(model, batch, right=margin.ForestModel.logps):
+        calls.append(len(batch.images.calls))
+        return right(model, batch)
+
+    monkeypatch.setattr(margin, "_fingerprints", {})
+    monkeypatch.setattr(margin.ForestModel, "check_forest", one_image_a_call)
+    monkeypatch.setattr(margin.ForestModel, "logps", counted)
+    for start in (0, 4):
+        records = [record(i) for i in range(start, start + 4)]
+        visual_margins(vlm, processor, records, cache=str(tmp_path), log=lambda line: None)
+    assert len(calls) >= 2 and min(calls) > 1
+
+
 def test_bad_records_are_listed_and_the_others_computed(vlm, processor, tmp_path, monkeypatch):
     records = [record(i) for i in range(5)]
     opened, plain = [], StoredImage.open

@@ -22,6 +22,7 @@ from realign.modeling import reference_logps
 from realign.modeling.encode import encode_records
 from realign.modeling.forest import Example
 from realign.modeling.images import ImageStore
+from realign.modeling.layouts import max_tokens
 from realign.modeling.model import ForestModel
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
@@ -38,7 +39,7 @@ MARGIN = Objective(
 """The chosen response on both images."""
 
 _fingerprints: WeakKeyDictionary = WeakKeyDictionary()
-"""Model -> (fingerprint, whether its layout separates responses). Both take seconds to compute."""
+"""Model -> (fingerprint, layout after the start-up check). Both take seconds to compute."""
 
 
 class VisualMargin(PairFilter):
@@ -128,7 +129,7 @@ def visual_margins(
         MARGIN,
         layout=model.layout,
         max_response_tokens=1024,
-        max_tokens=vlm.config.get_text_config().max_position_embeddings,
+        max_tokens=max_tokens(vlm),
         progress=False,
         on_bad=exclude,
     )
@@ -169,6 +170,7 @@ def _fingerprint(
         fingerprint = reference_logps.fingerprint(vlm, processor, model.dtype, vlm.device)
         for line in model.check_forest(example, store, vlm.device):
             log(line)
-        _fingerprints[vlm] = fingerprint, model.layout.separate
-    fingerprint, model.layout.separate = _fingerprints[vlm]
+        _fingerprints[vlm] = fingerprint, model.layout
+    fingerprint, checked = _fingerprints[vlm]
+    store.layout.separate, store.layout.one_by_one = checked.separate, checked.one_by_one
     return fingerprint
