@@ -14,6 +14,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A process of tests for each core (pytest-xdist), so one thread for each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Quantization is tested in this process. PEFT imports bitsandbytes in every other one as well.
+STARTED = str(Path(__file__).parent / "helpers" / "started")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [STARTED, os.environ.get("PYTHONPATH")]))
 # Reference log-probs of tests, and of the commands they run, stay out of the user's cache.
 os.environ["REALIGN_CACHE"] = tempfile.mkdtemp(prefix="realign-cache-")
 

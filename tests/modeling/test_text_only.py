@@ -111,7 +111,7 @@ def test_ranks_without_an_image_train_as_the_others(tmp_path, pairs_file):
     given = ["--objective", "dpo", "--tune", "full", "--batch-size", 2, "--micro-batch-size", 1]
     given += ["--reference-cache", tmp_path / "cache"]
     words = arguments(tmp_path / "mixed.parquet", tmp_path / "two", *given, "--fsdp", steps=6)
-    families = ("llava", "qwen2_5_vl", "gemma3", "minicpmv4_6", "ernie4_5_vl_moe")
+    families = ("llava", "minicpmv4_6", "ernie4_5_vl_moe")
     output = run_ranks(run_all, 2, tmp_path / "log", families, words)
     for family in families:
         assert f"compared {family}: True" in output, output
