@@ -4,7 +4,6 @@ import fcntl
 import gc
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +14,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A process of tests for each core (pytest-xdist), so one thread for each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Quantization is tested in this process. Processes that tests start find no bitsandbytes.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).parent / "helpers" / "started"), os.environ.get("PYTHONPATH", "")]
-).strip(os.pathsep)
-if "bitsandbytes" in sys.modules:
-    del sys.modules["bitsandbytes"]
 # Reference log-probs of tests, and of the commands they run, stay out of the user's cache.
 os.environ["REALIGN_CACHE"] = tempfile.mkdtemp(prefix="realign-cache-")
 

@@ -28,7 +28,7 @@ from realign.data.errors import RecordError, short_error
 from realign.data.images import ImageError, StoredImage, digest_of_bytes
 from realign.data.record_table import ImageFacts, RecordTable
 from realign.modeling.examples import BLANK, COLUMNS, Chunk, Examples, Root, UsedImage, key_array
-from realign.modeling.layouts import Layout
+from realign.modeling.layouts import Layout, parameters
 from realign.modeling.prefetch import Copies
 from realign_kernels import refcache
 
@@ -136,7 +136,7 @@ def features(vlm: PreTrainedModel, images: Images, *, calls: int = 0) -> list[Fe
         ValueError: when an image has more or fewer features than tokens in a prompt.
     """
     model = vlm.model
-    accepted = inspect.signature(model.get_image_features).parameters
+    accepted = parameters(model, "get_image_features")
     given = [*images.calls, *images.calls[-1:] * (calls - len(images.calls))]
     outputs = [
         model.get_image_features(**{n: v for n, v in inputs.items() if n in accepted})

@@ -21,9 +21,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-_LINEAR = (nn.Linear, Conv1D)
+from realign.modeling.quantized import LINEAR
+
 _ROUTERS = {"gate", "router"}
 """Names of modules that choose experts."""
 _ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
@@ -88,7 +88,7 @@ def targets_of(layers: list[Layer]) -> Targets:
     experts = [layer for layer in layers if layer.is_experts]
     counts = {len(layer.module.get_parameter(n)) for layer in experts for n in layer.fused}
     routers = [layer for layer in layers if layer.is_router(counts)]
-    linear = [m for m in layers if isinstance(m.module, _LINEAR) and m not in routers]
+    linear = [m for m in layers if isinstance(m.module, LINEAR) and m not in routers]
     return Targets(linear, experts, routers)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-_LINEAR = (nn.Linear, Conv1D)
+LINEAR = (nn.Linear, Conv1D)
+"""Classes of plain linear layers."""
 _BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 """Stored bytes per weight. 64 weights share a scale in 8 bits, and 256 scales share one in fp32."""
 
@@ -110,7 +111,7 @@ class _Product(torch.autograd.Function):
 
 def linears(vlm: PreTrainedModel) -> list[nn.Module]:
     """The layers of an unquantized model that `settings` quantizes."""
-    return [m for m in vlm.model.get_decoder().modules() if type(m) in _LINEAR]
+    return [m for m in vlm.model.get_decoder().modules() if type(m) in LINEAR]
 
 
 def stored_bytes(weights: int, method: str) -> int:

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from runs import encoded
@@ -27,7 +28,6 @@ from realign.modeling.model import ForestModel
 from realign.modeling.reference_logps import description, fingerprint, weights_digest
 from realign_kernels import objectives
 
-bnb = pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
 
 

@@ -19,8 +19,6 @@ from realign.modeling.loading import load_model
 from realign.train import main
 from realign.training.dry_run import Plan
 
-pytest.importorskip("bitsandbytes")
-
 
 @pytest.fixture(scope="module", params=QUANTIZE)
 def method(request):
