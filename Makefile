@@ -17,8 +17,6 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CACHE)/inductor
 export TRITON_CACHE_DIR ?= $(CACHE)/triton
 export REALIGN_CACHE ?= $(CACHE)/realign
 export PYTEST_DEBUG_TEMPROOT ?= $(CACHE)/pytest
-# Processes of `-n auto`: one more than cores, since a fifth of the time of tests is waiting.
-export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 .PHONY: help build demo test fuzz bench bench-full bench-gpu gpu-wheels gpu-rehearsal report docs lint clean
 
