@@ -550,8 +550,10 @@ def _refusal(path: str) -> str:
                 return f"{name} belongs to another user"
             with open_plain(name) as file:
                 head = file.read(20)
-                file.seek(max(0, status.st_size - len(_JOURNAL)))
-                end = file.read(len(_JOURNAL))
+                size = os.fstat(file.fileno()).st_size
+                file.seek(max(0, size - len(_JOURNAL)))
+                # A journal that another process is writing also starts with these bytes.
+                end = file.read(len(_JOURNAL)) if size >= 2 * len(_JOURNAL) else b""
         except FileNotFoundError:
             continue
         except OSError as error:

@@ -139,6 +139,17 @@ def test_a_write_ahead_log_beside_the_database_is_not_opened(folder, suffix, mon
     assert f"{path} exists" in use(folder)[0] and path.read_bytes() == b"planted"
 
 
+@pytest.mark.parametrize("written", [0, 8, 12, 512])
+def test_a_journal_that_another_process_writes_is_no_reason(written, tmp_path):
+    """Its header starts with the bytes that a super-journal's record ends with."""
+    database = tmp_path / DATABASE
+    with closing(sqlite3.connect(database)) as table:
+        table.execute("CREATE TABLE entries (key)")
+    header = bytes.fromhex("d9d505f920a163d7") + bytes(504)
+    (tmp_path / f"{DATABASE}-journal").write_bytes(header[:written])
+    assert store._refusal(str(database)) == ""
+
+
 def test_a_journal_cannot_make_sqlite_remove_a_file(folder, victim, monkeypatch):
     """A super-journal in a journal is removed after the rollback: SQLite calls it stale."""
     monkeypatch.setattr(store, "extension", lambda: None)
