@@ -121,7 +121,7 @@ def _linear_logprobs(
 
 def preference_loss(
     leaf_logps: Tensor,  # (L, B)
-    reference_logps: Tensor,  # (L, B) fp32 or fp64
+    reference_logps: Tensor | None,  # (L, B) fp32 or fp64
     terms: Objective | Sequence[Term],
     *,
     beta: float | None = None,
@@ -132,18 +132,21 @@ def preference_loss(
 
     Args:
         leaf_logps: fp32 or fp64, with axis 0 in the order of the objective's leaves.
-        reference_logps: the same under the reference model, without gradient.
+        reference_logps: the same under the reference model, without gradient. None for an
+            objective without a reference, such as `objectives.simpo()`.
         terms: an Objective (`objectives.rdpo()`), or a list of terms over leaf indices.
         beta: only for a list of terms, 0.1 by default. An Objective has its own beta.
         reduction: over examples, "mean", "sum" or "none".
-        token_counts: tokens of each response, for objectives that average over tokens.
+        token_counts: tokens of each response, for objectives with values per token.
 
     Raises:
         ValueError: shapes or dtypes do not match the objective.
         NonFiniteError: an input holds NaN or infinity (not checked in compiled graphs).
     """
     objective = objectives.as_objective(terms, beta)
-    validation.check_reference(reference_logps, objective, reduction)
+    reference_logps = validation.checked_reference(
+        reference_logps, objective, reduction, leaf_logps
+    )
     validation.check_leaf_logps(leaf_logps, reference_logps, token_counts)
     eager = not torch.compiler.is_compiling()
     if eager and not is_finite(sentinel(leaf_logps.detach() - reference_logps)):
@@ -156,7 +159,7 @@ def linear_preference_loss(
     hidden: Tensor,  # (L, B, T, H), or (N, H) with sequence_ids
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (L, B, T), or (N,)
-    reference_logps: Tensor,  # (L, B) fp32 or fp64
+    reference_logps: Tensor | None,  # (L, B) fp32 or fp64
     terms: Objective | Sequence[Term],
     *,
     sequence_ids: Tensor | None = None,  # (N,) integer, leaf * B + example
@@ -173,7 +176,8 @@ def linear_preference_loss(
     """Preference loss of hidden states: linear_logprobs, sums per sequence, preference_loss.
 
     The arguments are those of linear_logprobs and preference_loss. sequence_ids and token_weights
-    of ignored rows are not read.
+    of ignored rows are not read. Without a reference, packed rows still need reference_logps, whose
+    shape gives the number of examples. Zeros are enough.
 
     A head that trains costs 3u instead of 4u, because the forward computes the gradients, in whole
     examples. It costs 4u for examples of more than chunk_rows rows, under torch.compile, in fp16,
@@ -190,7 +194,7 @@ def linear_preference_loss(
         NonFiniteError: as for these functions.
     """
     objective = objectives.as_objective(terms, beta)
-    validation.check_reference(reference_logps, objective, reduction)
+    reference_logps = validation.checked_reference(reference_logps, objective, reduction, hidden)
     validation.check_batch(hidden, labels, reference_logps, objective, sequence_ids, token_weights)
     hidden, weight, bias = validation.check_head(hidden, *local_head(weight, bias, group))
     validation.check_settings(softcap, temperature, chunk_rows, ignore_index)

@@ -77,13 +77,37 @@ def _check_tensor(name: str, tensor: object, optional: bool = False) -> None:
         )
 
 
-def check_reference(reference_logps: Tensor, objective: Objective, reduction: str) -> None:
-    """Check that the references are (L, B) constants for this objective.
+def checked_reference(
+    reference_logps: Tensor | None, objective: Objective, reduction: str, like: Tensor
+) -> Tensor:
+    """The references, checked to be (L, B) constants for this objective.
+
+    Args:
+        reference_logps: the references. None is zeros, for an objective without a reference.
+        objective: the objective.
+        reduction: reduction over examples.
+        like: a tensor (L, B, ...) with the device of the references.
 
     Raises:
-        ValueError: their shape, dtype or requires_grad is wrong, or the reduction is unknown.
+        ValueError: their shape, dtype or requires_grad is wrong, they are missing, or the reduction
+            is unknown.
     """
     leaves = len(objective.leaves)
+    if reference_logps is None:
+        if objective.needs_reference:
+            raise ValueError(
+                f"reference_logps is None, but objective {objective.name!r} compares with a "
+                f"reference. Pass its log-probs, ({leaves}, B)."
+            )
+        if like.dim() < 2 or like.shape[0] != leaves:
+            raise ValueError(
+                "reference_logps is None, but its shape gives the number of examples of packed "
+                f"rows. Pass torch.zeros({leaves}, B). Objective {objective.name!r} does not use "
+                "the values."
+            )
+        reference_logps = torch.zeros(
+            like.shape[:2], dtype=acc_dtype(like.dtype), device=like.device
+        )
     if reference_logps.dim() != 2 or reference_logps.shape[0] != leaves:
         raise ValueError(
             f"reference_logps {tuple(reference_logps.shape)} must be ({leaves}, B), because "
@@ -97,6 +121,7 @@ def check_reference(reference_logps: Tensor, objective: Objective, reduction: st
         raise ValueError(
             'reference_logps has no examples, so the mean is undefined. Use reduction="sum".'
         )
+    return reference_logps
 
 
 def check_not_half(name: str, values: Tensor) -> None:

@@ -1,15 +1,16 @@
-"""`Objective`: named leaves, the terms that compare their rewards, and beta."""
+"""`Objective`: named leaves, the terms that compare them, and beta."""
 
+import copy
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from realign_kernels.objectives.terms import Term
+from realign_kernels.objectives.terms import REWARDS, LeafValues, Term
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -36,7 +37,7 @@ class PreferenceOutput(NamedTuple):
 
     loss: Tensor  # (), or (B,) with reduction="none".
     logps: Tensor  # (L, B), summed over tokens.
-    rewards: Tensor  # (L, B), beta * (logps - reference_logps), per token if averaged.
+    rewards: Tensor  # (L, B), of the kind `Objective.reward`, times beta.
     token_counts: Tensor | None  # (L, B) int64, None if only log-probs were given.
     term_losses: Tensor  # (terms, B), unweighted.
 
@@ -55,7 +56,7 @@ class Objective:
     """A named list of terms over leaves. Objectives are hashable, with equality by value.
 
     beta belongs to the objective instead of its terms, because every method of this family has one
-    beta. Terms are then functions of rewards only, and the reported rewards are those compared.
+    beta. The reported rewards are then those that the terms compare.
     """
 
     name: str
@@ -64,19 +65,18 @@ class Objective:
     terms: tuple[Term, ...]
     beta: float = 0.1
     """Inverse temperature of the rewards, > 0."""
-    average: bool = False
-    """Whether rewards are per token. Log-probs and reference log-probs are still given as sums over
-    tokens, and are divided by the token counts."""
+    shift: float | Tensor = field(default=0.0, compare=False, repr=False)
+    """Running mean of rewards for terms that subtract it, set by `at`. A number, or a tensor ()."""
 
     def __post_init__(self) -> None:
         right = isinstance(self.beta, numbers.Real) and 0 < self.beta < math.inf
         if not right:
             raise ValueError(f"beta must be finite and > 0, got {self.beta!r}")
-        for field, kind in (("leaves", Leaf), ("terms", Term)):
-            value = getattr(self, field)
+        for part, kind in (("leaves", Leaf), ("terms", Term)):
+            value = getattr(self, part)
             if not (isinstance(value, tuple) and all(isinstance(entry, kind) for entry in value)):
                 raise ValueError(
-                    f"{field} of objective {self.name!r} must be a tuple of {kind.__name__}, got "
+                    f"{part} of objective {self.name!r} must be a tuple of {kind.__name__}, got "
                     f"{value!r}"
                 )
         if not self.terms:
@@ -98,21 +98,64 @@ class Objective:
                         f"term {term.name!r} reads leaf {leaf}, but objective {self.name!r} has "
                         f"{len(self.leaves)} leaves. Use an index in [0, {len(self.leaves)})."
                     )
+            if term.needs_shift and term.reward != self.reward:
+                raise ValueError(
+                    f"term {term.name!r} subtracts the running mean of {term.reward} rewards, but "
+                    f"objective {self.name!r} reports {self.reward} rewards. Use the same kind."
+                )
+
+    @property
+    def reward(self) -> str:
+        """Kind of the reported rewards: the first one in `REWARDS` that a term compares."""
+        kinds = {term.reward for term in self.terms}
+        return [kind for kind in REWARDS if kind in kinds][0]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss depends on log-probs of the reference."""
+        return any(term.needs_reference for term in self.terms)
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the loss depends on token counts."""
+        return any(term.needs_counts for term in self.terms)
+
+    @property
+    def shifted_leaves(self) -> tuple[int, ...]:
+        """Leaves whose rewards a running mean averages. Empty without a term that subtracts it."""
+        used = {leaf for term in self.terms if term.needs_shift for leaf in term.leaves}
+        return tuple(sorted(used))
+
+    def at(self, shift: float | Tensor) -> Self:
+        """The same objective with a running mean of rewards (`RunningMean`).
+
+        Args:
+            shift: a finite number, or a tensor () on the device of the log-probs.
+
+        Raises:
+            ValueError: it is a number that is not finite, or a tensor of another shape.
+        """
+        right = shift.dim() == 0 if isinstance(shift, Tensor) else math.isfinite(shift)
+        if not right:
+            raise ValueError(f"shift must be a finite number or a tensor (), got {shift!r}")
+        moved = copy.copy(self)
+        object.__setattr__(moved, "shift", shift)
+        return moved
 
     def __call__(
         self,
         logps: Tensor,  # (L, B), sums over tokens
-        reference_logps: Tensor,  # (L, B), sums over tokens, even if rewards are averaged
+        reference_logps: Tensor,  # (L, B), sums over tokens, even if rewards are means
         reduction: str = "mean",
         token_counts: Tensor | None = None,  # (L, B)
     ) -> PreferenceOutput:
         """Loss, rewards and term losses, in the dtype of logps. Does not check the inputs.
 
         Raises:
-            ValueError: the objective averages but token_counts is None, or a term does not return
-                one loss per example.
+            ValueError: the objective needs token counts but token_counts is None, or a term does
+                not return one loss per example.
         """
-        if self.average and token_counts is None:
+        if token_counts is None and self.needs_counts:
             raise ValueError(
                 f"token_counts is None, but objective {self.name!r} averages over tokens. Pass "
                 "the counts, (leaves, examples), or use linear_preference_loss, which counts them."
@@ -121,26 +164,97 @@ class Objective:
         if any(leaf.detached for leaf in self.leaves):
             rows = zip(self.leaves, logps, strict=True)
             policy = torch.stack([row.detach() if leaf.detached else row for leaf, row in rows])
-        ratios = policy - reference_logps.to(logps.dtype)
-        if self.average:
-            assert token_counts is not None
-            ratios = ratios / token_counts
-        rewards = self.beta * ratios
-        # __call__ by name: Dynamo of torch 2.11 hashes an object that it calls, but a dataclass
-        # made in the traced code has no fields yet.
-        each = [term.__call__(rewards) for term in self.terms]
-        for term, values in zip(self.terms, each, strict=True):
-            if values.shape != rewards.shape[1:]:
+        reference = reference_logps.to(logps.dtype)
+        rewards: dict[str, Tensor] = {}
+        each = []
+        for term in self.terms:
+            if term.reward not in rewards:
+                scores = policy - reference if term.needs_reference else policy
+                if term.needs_counts:
+                    assert token_counts is not None
+                    scores = scores / token_counts
+                rewards[term.reward] = self.beta * scores
+            values = (rewards[term.reward], policy, reference, token_counts, self.shift)
+            # __call__ by name: Dynamo of torch 2.11 hashes an object that it calls, but a dataclass
+            # made in the traced code has no fields yet.
+            each.append(term.__call__(LeafValues(*values)))
+            if each[-1].shape != logps.shape[1:]:
                 raise ValueError(
-                    f"term {term.name!r} returned shape {tuple(values.shape)}, but must return one "
-                    f"loss per example, ({rewards.shape[1]},)"
+                    f"term {term.name!r} returned shape {tuple(each[-1].shape)}, but must return "
+                    f"one loss per example, ({logps.shape[1]},)"
                 )
         term_losses = torch.stack(each)
         pairs = zip(self.terms, term_losses, strict=True)
         loss = torch.stack([term.weight * term_loss for term, term_loss in pairs]).sum(0)
         if reduction != "none":
             loss = loss.mean() if reduction == "mean" else loss.sum()
-        return PreferenceOutput(loss, logps, rewards.detach(), token_counts, term_losses.detach())
+        reported = rewards[self.reward].detach()
+        return PreferenceOutput(loss, logps, reported, token_counts, term_losses.detach())
+
+
+class RunningMean:
+    """Running mean of rewards over all examples seen: delta of BCO (2404.04656).
+
+        mean = RunningMean()
+        for batch in batches:
+            out = linear_preference_loss(..., objective.at(mean.value))
+            mean.update(objective, out.rewards)
+
+    A step uses the mean of the examples before it. The trained head can then still finish one
+    example before it computes the next. InternVL includes the current batch, which differs less and
+    less as the count grows. Both are 0 in the first step if policy and reference start equal.
+    """
+
+    def __init__(self, value: float = 0.0, count: int = 0) -> None:
+        self.value, self.count = value, count
+
+    def update(self, objective: Objective, rewards: Tensor) -> None:
+        """Include the rewards (L, B) of a batch. With several ranks, gather them first."""
+        self.add(rewards[list(objective.shifted_leaves)].mean().item(), rewards.shape[1])
+
+    def add(self, mean: float, count: int) -> None:
+        """Include `count` examples with this mean of rewards."""
+        self.count += count
+        self.value += (mean - self.value) * count / self.count
+
+
+def weighted_sum(
+    parts: Sequence[Objective], weights: Sequence[float] | None = None, name: str | None = None
+) -> Objective:
+    """The sum of objectives as one objective. A leaf that several parts read is scored once.
+
+    Args:
+        parts: objectives with the same beta. Parts without a term that depends on beta may differ.
+        weights: a factor for each part, 1 by default.
+        name: its name, by default the names of the parts, joined by +.
+
+    Raises:
+        ValueError: numbers of weights and parts differ, a weight is negative, or the parts have
+            different betas.
+    """
+    weights = [1.0] * len(parts) if weights is None else weights
+    if len(weights) != len(parts) or not parts:
+        raise ValueError(f"{len(parts)} objectives need as many weights, got {len(weights)}.")
+    for weight in weights:
+        if not (isinstance(weight, numbers.Real) and 0 <= weight < math.inf):
+            raise ValueError(f"weights must be finite and >= 0, got {weight!r}")
+    betas = {part.beta for part in parts if any(term.uses_beta for term in part.terms)}
+    if len(betas) > 1:
+        raise ValueError(
+            f"the objectives have different betas, {', '.join(map(str, sorted(betas)))}. Give all "
+            "the same beta."
+        )
+    leaves = list(dict.fromkeys(leaf for part in parts for leaf in part.leaves))
+    terms = []
+    for part, weight in zip(parts, weights, strict=True):
+        places = {i: leaves.index(leaf) for i, leaf in enumerate(part.leaves)}
+        for term in part.terms:
+            full = part.name if len(part.terms) == 1 else f"{part.name}_{term.name}"
+            moved = term.moved(places)
+            terms.append(replace(moved, name=full, weight=weight * term.weight))
+    beta = betas.pop() if betas else parts[0].beta
+    full = "+".join(part.name for part in parts) if name is None else name
+    return Objective(full, tuple(leaves), tuple(terms), beta)
 
 
 def check_reduction(reduction: str) -> None:

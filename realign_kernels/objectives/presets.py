@@ -4,11 +4,12 @@ Notation of the formulas:
 
 - r(y, u) is the reward of response y under image u, beta times its log-ratio of policy and
   reference.
+- p(y, u) is the log-prob of response y under image u, summed over its |y| tokens.
 - w and l are the chosen and the rejected response.
 - v is the image, and v' the retrieved one (v1, v2, ... if there are several).
 - w' is the response preferred for v'.
 - o is a blank image.
-- l(m) = -log sigmoid(m).
+- l(m) = -log sigmoid(m), and s(m) = sigmoid(m).
 
 The source of a method's negative image (a crop, noise, a diffusion model) does not change the loss.
 Every such image is `retrieved_image` here. POVID (2402.11411) is `dpo` on other data.
@@ -16,12 +17,27 @@ Every such image is `retrieved_image` here. POVID (2402.11411) is `dpo` on other
 
 from dataclasses import replace
 
-from realign_kernels.objectives.objective import CHOSEN, REJECTED, VISUAL, Leaf, Objective
+from realign_kernels.objectives.objective import (
+    CHOSEN,
+    REJECTED,
+    VISUAL,
+    Leaf,
+    Objective,
+    weighted_sum,
+)
 from realign_kernels.objectives.terms import (
+    AnchorProbability,
     AnchorSigmoid,
+    AnchorSquared,
     LinearSigmoid,
     MarginDifference,
+    NegativeLogLikelihood,
+    OddsRatio,
+    PairDiscoPOP,
+    PairExo,
     PairHinge,
+    PairProbability,
+    PairRobust,
     PairSigmoid,
     PairSquared,
     PlackettLuce,
@@ -58,15 +74,209 @@ def hinge(beta: float = 0.1, target: float = 1.0) -> Objective:
     return Objective("hinge", (CHOSEN, REJECTED), (text,), beta)
 
 
-def ipo(beta: float = 0.1, average: bool = False) -> Objective:
+def ipo(beta: float = 0.1) -> Objective:
     """IPO: Azar et al., arXiv 2310.12036, eq. 17. beta is the paper's tau.
 
-    ((r(w,v) - r(l,v)) / beta - 1 / (2 beta))^2 = (r(w,v) - r(l,v) - 1/2)^2 / beta^2
+    ((r(w,v) - r(l,v)) / beta - 1 / (2 beta))^2
 
-    The paper sums log-probs over tokens. `average` divides them by the token count, as TRL does.
+    In rewards that is (r(w,v) - r(l,v) - 1/2)^2 / beta^2. The paper sums log-probs over tokens.
+    TRL's loss "ipo" is `ipo_norm`.
     """
     text = PairSquared(name="text", weight=_inverse_square(beta), positive=0, negative=1)
-    return Objective("ipo", (CHOSEN, REJECTED), (text,), beta, average)
+    return Objective("ipo", (CHOSEN, REJECTED), (text,), beta)
+
+
+def ipo_norm(beta: float = 0.1) -> Objective:
+    """IPO with log-ratios per token: Azar et al., arXiv 2310.12036, eq. 17, as in TRL.
+
+    ((r(w,v) / |w| - r(l,v) / |l|) / beta - 1 / (2 beta))^2
+    """
+    (text,) = ipo(beta).terms
+    text = replace(text, reward="mean_log_ratio")
+    return Objective("ipo_norm", (CHOSEN, REJECTED), (text,), beta)
+
+
+def sigmoid_norm(beta: float = 0.1) -> Objective:
+    """DPO with log-ratios per token: Lambert et al., Tulu 3, arXiv 2411.15124, eq. 6.
+
+    l(r(w,v) / |w| - r(l,v) / |l|)
+    """
+    return Objective("sigmoid_norm", (CHOSEN, REJECTED), (_text("mean_log_ratio"),), beta)
+
+
+def robust(beta: float = 0.1, label_smoothing: float = 0.1) -> Objective:
+    """Robust DPO: Chowdhury et al., arXiv 2403.00409, eq. 12.
+
+    [(1 - e) l(m) - e l(-m)] / (1 - 2 e), m = r(w,v) - r(l,v)
+
+    e is label_smoothing, the assumed share of flipped pairs.
+    """
+    text = PairRobust(name="text", positive=0, negative=1, label_smoothing=label_smoothing)
+    return Objective("robust", (CHOSEN, REJECTED), (text,), beta)
+
+
+def exo_pair(beta: float = 0.1, label_smoothing: float = 1e-3) -> Objective:
+    """EXO for pairs: Ji et al., arXiv 2402.00856, eq. 16.
+
+    s(m) log [s(m) / (1 - e)] + s(-m) log [s(-m) / e], m = r(w,v) - r(l,v)
+
+    e is label_smoothing. The paper recommends 1e-3.
+    """
+    text = PairExo(name="text", positive=0, negative=1, label_smoothing=label_smoothing)
+    return Objective("exo_pair", (CHOSEN, REJECTED), (text,), beta)
+
+
+def nca_pair(beta: float = 0.1) -> Objective:
+    """NCA for pairs: Chen et al., arXiv 2402.05369.
+
+    l(r(w,v)) + 1/2 l(-r(w,v)) + 1/2 l(-r(l,v))
+    """
+    terms = (
+        AnchorSigmoid(name="chosen", leaf=0),
+        AnchorSigmoid(name="chosen_below", weight=0.5, leaf=0, below=True),
+        AnchorSigmoid(name="rejected", weight=0.5, leaf=1, below=True),
+    )
+    return Objective("nca_pair", (CHOSEN, REJECTED), terms, beta)
+
+
+def bco_pair(beta: float = 0.1) -> Objective:
+    """BCO for pairs: Jung et al., arXiv 2404.04656.
+
+    l(r(w,v) - d) + l(d - r(l,v))
+
+    d is `Objective.shift`, the running mean of the rewards of w and l (`RunningMean`). The trainers
+    keep it in checkpoints. TRL's loss "bco_pair" has no shift, which is d = 0.
+    """
+    terms = (
+        AnchorSigmoid(name="chosen", leaf=0, shifted=True),
+        AnchorSigmoid(name="rejected", leaf=1, below=True, shifted=True),
+    )
+    return Objective("bco_pair", (CHOSEN, REJECTED), terms, beta)
+
+
+def sppo_hard(beta: float = 0.1) -> Objective:
+    """SPPO with hard probabilities: Wu et al., arXiv 2405.00675, eq. 4.7.
+
+    (r(w,v) / beta - 1 / (2 beta))^2 + (r(l,v) / beta + 1 / (2 beta))^2
+
+    beta is 1 / eta of the paper.
+    """
+    weight = _inverse_square(beta)
+    terms = (
+        AnchorSquared(name="chosen", weight=weight, leaf=0, target=0.5),
+        AnchorSquared(name="rejected", weight=weight, leaf=1, target=-0.5),
+    )
+    return Objective("sppo_hard", (CHOSEN, REJECTED), terms, beta)
+
+
+def apo_zero(beta: float = 0.1) -> Objective:
+    """APO-zero: D'Oosterlinck et al., arXiv 2408.06266, eq. 7.
+
+    s(-r(w,v)) + s(r(l,v))
+
+    For chosen responses that are better than the model's own.
+    """
+    terms = (
+        AnchorProbability(name="chosen", leaf=0),
+        AnchorProbability(name="rejected", leaf=1, below=True),
+    )
+    return Objective("apo_zero", (CHOSEN, REJECTED), terms, beta)
+
+
+def apo_down(beta: float = 0.1) -> Objective:
+    """APO-down: D'Oosterlinck et al., arXiv 2408.06266, eq. 8.
+
+    s(r(w,v)) + s(-(r(w,v) - r(l,v)))
+
+    For chosen responses that are worse than the model's own.
+    """
+    terms = (
+        AnchorProbability(name="chosen", leaf=0, below=True),
+        PairProbability(name="text", positive=0, negative=1),
+    )
+    return Objective("apo_down", (CHOSEN, REJECTED), terms, beta)
+
+
+def discopop(beta: float = 0.05, discopop_tau: float = 0.05) -> Objective:
+    """DiscoPOP: Lu et al., arXiv 2406.08414, eq. 5. Both defaults are the paper's.
+
+    (1 - a) l(m) + a exp(-m), a = s(m / discopop_tau), m = r(w,v) - r(l,v)
+    """
+    text = PairDiscoPOP(name="text", positive=0, negative=1, tau=discopop_tau)
+    return Objective("discopop", (CHOSEN, REJECTED), (text,), beta)
+
+
+def sft() -> Objective:
+    """Supervised fine-tuning on the chosen response, as a part of a sum. It needs no reference.
+
+    -p(w,v) / |w|
+    """
+    return Objective("sft", (CHOSEN,), (NegativeLogLikelihood(name="nll", leaf=0),))
+
+
+def rpo(beta: float = 0.1, nll_weight: float = 1.0) -> Objective:
+    """RPO: Pang et al., Iterative reasoning preference optimization, arXiv 2404.19733, eq. 1.
+
+    l(r(w,v) - r(l,v)) + nll_weight (-p(w,v) / |w|)
+
+    nll_weight is the paper's alpha.
+    """
+    terms = (_text(), NegativeLogLikelihood(name="nll", weight=nll_weight, leaf=0))
+    return Objective("rpo", (CHOSEN, REJECTED), terms, beta)
+
+
+def mpo(
+    beta: float = 0.1,
+    preference_weight: float = 0.8,
+    quality_weight: float = 0.2,
+    nll_weight: float = 1.0,
+) -> Objective:
+    """MPO: Wang et al., arXiv 2411.10442, eq. 3. The default weights are those of InternVL's code.
+
+    preference_weight l(r(w,v) - r(l,v)) + quality_weight [l(r(w,v) - d) + l(d - r(l,v))]
+    + nll_weight (-p(w,v) / |w|)
+
+    d is that of `bco_pair`.
+    """
+    weights = (preference_weight, quality_weight, nll_weight)
+    parts = (replace(dpo(beta), name="preference"), bco_pair(beta), sft())
+    return weighted_sum(parts, weights, "mpo")
+
+
+def simpo(beta: float = 2.0, gamma: float = 1.0) -> Objective:
+    """SimPO: Meng et al., arXiv 2405.14734, eq. 6. It needs no reference.
+
+    l(beta p(w,v) / |w| - beta p(l,v) / |l| - gamma)
+
+    The authors start from beta 2 and gamma / beta 0.5. TRL's default is beta 0.1, gamma 0.5.
+    """
+    text = PairSigmoid(name="text", reward="mean_logp", positive=0, negative=1, target=gamma)
+    return Objective("simpo", (CHOSEN, REJECTED), (text,), beta)
+
+
+def cpo(beta: float = 0.1, nll_weight: float = 1.0) -> Objective:
+    """CPO: Xu et al., arXiv 2401.08417, eq. 5. It needs no reference.
+
+    l(beta p(w,v) - beta p(l,v)) + nll_weight (-p(w,v) / |w|)
+
+    nll_weight is `cpo_alpha` of TRL.
+    """
+    terms = (_text("logp"), NegativeLogLikelihood(name="nll", weight=nll_weight, leaf=0))
+    return Objective("cpo", (CHOSEN, REJECTED), terms, beta)
+
+
+def orpo(beta: float = 0.1) -> Objective:
+    """ORPO: Hong et al., arXiv 2403.07691, eq. 6. It needs no reference.
+
+    -p(w,v) / |w| + beta l(o(w) - o(l)), o(y) = p(y,v) / |y| - log(1 - exp(p(y,v) / |y|))
+
+    beta is the paper's lambda, as in TRL. TRL's first part also covers the prompt.
+    """
+    terms = (
+        NegativeLogLikelihood(name="nll", leaf=0),
+        OddsRatio(name="odds_ratio", weight=beta, positive=0, negative=1),
+    )
+    return Objective("orpo", (CHOSEN, REJECTED), terms, beta)
 
 
 def rdpo(beta: float = 0.1, visual_weight: float = 1.0) -> Objective:
@@ -76,6 +286,42 @@ def rdpo(beta: float = 0.1, visual_weight: float = 1.0) -> Objective:
     """
     terms = (_text(), _visual(visual_weight))
     return Objective("rdpo", (CHOSEN, REJECTED, VISUAL), terms, beta)
+
+
+def with_visual(link: Objective, visual_weight: float = 1.0) -> Objective:
+    """rDPO over another link: each term with the rejected response is repeated for the image.
+
+    The repeated term has the chosen response under the retrieved image (VISUAL) in place of the
+    rejected response. Over DPO's link this is `rdpo`. Over SimPO's it is
+
+    l(beta p(w,v) / |w| - beta p(l,v) / |l| - gamma)
+    + visual_weight l(beta p(w,v) / |w| - beta p(w,v') / |w| - gamma)
+
+    Args:
+        link: an objective of chosen and rejected responses under the image, such as `simpo()`.
+        visual_weight: weight of the repeated terms.
+
+    Raises:
+        ValueError: the objective has other leaves, or no term with the rejected response.
+    """
+    known = {CHOSEN, REJECTED}
+    if not set(link.leaves) <= known or REJECTED not in link.leaves:
+        raise ValueError(
+            f"the visual term needs an objective that compares chosen and rejected responses under "
+            f"the image. {link.name!r} has the leaves {link.leaves}."
+        )
+    rejected, visual = link.leaves.index(REJECTED), len(link.leaves)
+    repeated = [
+        replace(
+            term.moved({rejected: visual}),
+            name=_visual_name(term.name),
+            weight=visual_weight * term.weight,
+        )
+        for term in link.terms
+        if rejected in term.leaves
+    ]
+    name = "rdpo" if link.name == "dpo" else f"rdpo_{link.name}"
+    return replace(link, name=name, leaves=(*link.leaves, VISUAL), terms=(*link.terms, *repeated))
 
 
 def mdpo(
@@ -259,8 +505,16 @@ def released(beta: float = 0.1, visual_weight: float = 1.0) -> Objective:
     return Objective("released", (CHOSEN, *rivals), terms, beta)
 
 
-def _text() -> Term:
-    return PairSigmoid(name="text", positive=0, negative=1)
+def _text(reward: str = "log_ratio") -> Term:
+    return PairSigmoid(name="text", reward=reward, positive=0, negative=1)
+
+
+def _visual_name(name: str) -> str:
+    """Name of the visual counterpart of a term."""
+    for part in ("text", "rejected"):
+        if part in name:
+            return name.replace(part, "visual")
+    return f"{name}_visual"
 
 
 def _visual(weight: float) -> Term:

@@ -6,6 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import realign_kernels as rk
+from realign_kernels import objectives
 from realign_kernels.backends import chunk_plan
 from realign_kernels.backends.chunk_plan import (
     default_chunk_rows,
@@ -69,6 +70,26 @@ def test_gemm_units_over_scored_rows(case, needs, forward, backward):
         loss = logps[0].sum()
         of_bias = 2 * unit // WIDTH if needs[2] else 0
         assert gemm_units(loss.backward) == backward * unit + of_bias
+
+
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_gemm_units_of_every_objective(name):
+    """2 for a frozen head and 3 for a trained one, with examples that are scored one by one."""
+    objective, g = objectives.get(name), torch.Generator().manual_seed(0)
+    shape = len(objective.leaves), 6, 4
+    hidden = torch.randn(*shape, WIDTH, generator=g, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=g)
+    labels = torch.randint(VOCABULARY, shape, generator=g)
+    reference = torch.full(shape[:2], -15.0)
+    unit = labels.numel() * WIDTH * VOCABULARY
+    for trained, units in ((False, 2), (True, 3)):
+        head = weight.clone().requires_grad_(trained)
+
+        def step(head=head):
+            args = (hidden, head, labels, reference, objective)
+            rk.linear_preference_loss(*args, chunk_rows=4 * shape[0]).loss.backward()
+
+        assert gemm_units(step) == units * unit
 
 
 def test_no_tensor_of_all_logits(case):

@@ -14,13 +14,16 @@ from realign_kernels.objectives import AnchorSigmoid, PairSigmoid
 @pytest.mark.parametrize("name", objectives.PRESETS)
 def test_gradient_of_outputs(name):
     objective = objectives.get(name)
-    logps = torch.randn(len(objective.leaves), 3, dtype=torch.float64, requires_grad=True)
+    logps = (-torch.rand(len(objective.leaves), 3, dtype=torch.float64)).requires_grad_()
     ref = torch.randn(len(objective.leaves), 3, dtype=torch.float64)
-    out = rk.preference_loss(logps, ref, objective)
+    counts = torch.ones_like(ref, dtype=torch.long)
+    out = rk.preference_loss(logps, ref, objective, token_counts=counts)
     assert out.loss.requires_grad and out.logps.requires_grad
     assert not out.rewards.requires_grad and not out.term_losses.requires_grad
-    each = rk.preference_loss(logps, ref, objective, reduction="none").loss
-    total = rk.preference_loss(logps, ref, objective, reduction="sum").loss
+    each, total = (
+        rk.preference_loss(logps, ref, objective, reduction=how, token_counts=counts).loss
+        for how in ("none", "sum")
+    )
     torch.testing.assert_close((each.mean(), each.sum()), (out.loss, total))
 
 
@@ -57,13 +60,15 @@ def test_averaging_counts_tokens_from_hidden_states():
     weight = torch.randn(7, 5, dtype=torch.float64)
     labels = torch.tensor([[[1, 2, -100], [3, 4, 5]], [[6, -100, -100], [0, 1, -100]]])
     ref = torch.tensor([[-4.0, -5.0], [-2.0, -6.0]], dtype=torch.float64)
-    objective = replace(objectives.dpo(beta=0.4), average=True)
+    objective = objectives.sigmoid_norm(beta=0.4)
     out = rk.linear_preference_loss(hidden, weight, labels, ref, objective)
     sums = rk.linear_logprobs(hidden, weight, labels).sum(-1)
     s = (sums - ref) / torch.tensor([[2, 3], [1, 2]])
     expected = -torch.nn.functional.logsigmoid(0.4 * (s[0] - s[1])).mean()
     torch.testing.assert_close(out.loss, expected)
-    with pytest.raises(ValueError, match="token_counts is None, but objective 'dpo' averages"):
+    with pytest.raises(
+        ValueError, match="token_counts is None, but objective 'sigmoid_n.*averages"
+    ):
         objective(sums, ref)
 
 
@@ -74,7 +79,7 @@ def test_objectives_are_values():
     for name in objectives.PRESETS:
         assert table[objectives.get(name)] == name
     assert objectives.rdpo(beta=0.2) not in table
-    assert replace(objectives.dpo(), average=True) not in table
+    assert objectives.dpo().at(0.5) in table  # the shift is no part of the value
 
 
 def test_a_list_of_terms_is_an_objective():
@@ -83,6 +88,105 @@ def test_a_list_of_terms_is_an_objective():
     out = rk.preference_loss(logps, ref, terms, beta=0.5)
     named = rk.Objective("mine", objectives.dpo().leaves, tuple(terms), beta=0.5)
     assert torch.equal(out.loss, rk.preference_loss(logps, ref, named).loss)
+
+
+def numbers(leaves, examples=4, seed=0):
+    """Log-probs, references (L, B) fp64, and token counts."""
+    g = torch.Generator().manual_seed(seed)
+    draws = -10 * torch.rand(2, leaves, examples, generator=g, dtype=torch.float64)
+    return *draws, torch.randint(1, 9, (leaves, examples), generator=g)
+
+
+def loss_of(objective, logps, ref, counts):
+    return rk.preference_loss(logps, ref, objective, reduction="none", token_counts=counts).loss
+
+
+def test_a_sum_of_presets_is_the_sum_of_their_losses():
+    """Also of presets whose leaves are in another order, and with a leaf that only one reads."""
+    logps, ref, counts = numbers(4)
+    order = objectives.ovip().leaves  # chosen, rejected, blank, visual
+    objective = objectives.get("ovip+rdpo+simpo+sft", (0.5, 2, 3, 0.25), beta=0.4, gamma=0.3)
+    assert objective.leaves == order and objective.beta == 0.4
+    parts = [
+        objectives.ovip(0.4),
+        objectives.rdpo(0.4),
+        objectives.simpo(0.4, 0.3),
+        objectives.sft(),
+    ]
+    expected = 0
+    for weight, part in zip((0.5, 2, 3, 0.25), parts, strict=True):
+        rows = [order.index(leaf) for leaf in part.leaves]
+        expected = expected + weight * loss_of(part, logps[rows], ref[rows], counts[rows])
+    torch.testing.assert_close(loss_of(objective, logps, ref, counts), expected)
+    names = [term.name for term in objective.terms]
+    assert names == [
+        "ovip_text",
+        "ovip_attend",
+        "ovip_reject",
+        "rdpo_text",
+        "rdpo_visual",
+        "simpo",
+        "sft",
+    ]
+
+
+def test_mpo_is_a_sum_of_names():
+    named = objectives.get("sigmoid+bco_pair+sft", (0.8, 0.2, 1))
+    mpo = objectives.mpo().at(0.7)
+    inputs = numbers(2)
+    assert torch.equal(loss_of(named.at(0.7), *inputs), loss_of(mpo, *inputs))
+    assert [(t.weight, type(t)) for t in named.terms] == [(t.weight, type(t)) for t in mpo.terms]
+
+
+def test_the_visual_term_over_other_links():
+    """Each link is repeated with the chosen response under the retrieved image."""
+    logps, ref, counts = numbers(3)
+    counts[2] = counts[0]
+    text, visual = [0, 1], [0, 2]
+    parts = lambda t, rows: t(logps[rows], ref[rows], counts[rows])  # noqa: E731
+    simpo = objectives.simpo(beta=1.5, gamma=0.2)
+    found = loss_of(objectives.with_visual(simpo, 0.5), logps, ref, counts)
+    link = lambda *args: loss_of(simpo, *args)  # noqa: E731
+    torch.testing.assert_close(found, parts(link, text) + 0.5 * parts(link, visual))
+    assert objectives.with_visual(objectives.dpo(0.2), 0.5) == objectives.rdpo(0.2, 0.5)
+    # Terms of the chosen response only are not repeated.
+    mpo = objectives.mpo(beta=0.3).at(0.4)
+    found = loss_of(objectives.with_visual(mpo, 0.5), logps, ref, counts)
+    r = 0.3 * (logps - ref)
+    ell = lambda m: torch.log1p(torch.exp(-m))  # noqa: E731
+    again = 0.8 * ell(r[0] - r[2]) + 0.2 * ell(0.4 - r[2])
+    torch.testing.assert_close(found, parts(lambda *args: loss_of(mpo, *args), text) + 0.5 * again)
+
+
+def test_the_running_mean_is_the_mean_of_all_rewards():
+    objective = objectives.with_visual(objectives.bco_pair())
+    assert objective.shifted_leaves == (0, 1, 2)
+    batches = [torch.randn(3, count, dtype=torch.float64) for count in (4, 1, 7)]
+    mean = objectives.RunningMean()
+    for rewards in batches:
+        mean.update(objective, rewards)
+    assert mean.value == pytest.approx(torch.cat(batches, 1).mean().item()) and mean.count == 12
+    again = objectives.RunningMean(mean.value, mean.count)
+    again.add(2.0, 4)
+    assert again.value == pytest.approx((mean.value * 12 + 8) / 16)
+
+
+def test_a_reference_is_optional_without_a_need():
+    simpo, inputs = objectives.simpo(), numbers(2)
+    hidden, weight = torch.randn(2, 3, 4, 5), torch.randn(6, 5)
+    labels = torch.randint(6, (2, 3, 4))
+    zeros = torch.zeros(2, 3)
+    absent, given = (
+        rk.linear_preference_loss(hidden, weight, labels, reference, simpo).loss
+        for reference in (None, zeros)
+    )
+    assert torch.equal(absent, given)
+    assert torch.equal(loss_of(simpo, inputs[0], None, inputs[2]), loss_of(simpo, *inputs))
+    with pytest.raises(ValueError, match="'rpo' compares with a reference. Pass its log-probs"):
+        rk.linear_preference_loss(hidden, weight, labels, None, objectives.rpo())
+    packed = (hidden.flatten(0, 2), weight, labels.flatten(), None, simpo)
+    with pytest.raises(ValueError, match=r"Pass torch.zeros\(2, B\). Objective 'simpo' does not"):
+        rk.linear_preference_loss(*packed, sequence_ids=torch.arange(6).repeat_interleave(4))
 
 
 def test_settings_of_a_preset():
@@ -100,6 +204,26 @@ MISTAKES = [
     (
         lambda: objectives.get("dpo", visual_weight=1),
         r"'dpo' has no setting visual_weight. Its settings are beta",
+    ),
+    (lambda: objectives.get("dpo+rdop"), r"unknown objective 'rdop'"),
+    (lambda: objectives.get("dpo+sft", (1,)), r"2 objectives need as many weights, got 1"),
+    (lambda: objectives.get("dpo+sft", (1, -1)), r"weights must be finite and >= 0, got -1"),
+    (lambda: objectives.get("dpo+dpo"), r"two terms with the same name"),
+    (lambda: objectives.get("dpo+simpo"), r"different betas, 0.1, 2.0. Give all the same beta"),
+    (lambda: objectives.get("dpo+sft", gamma=1), r"'dpo\+sft' has no setting gamma"),
+    (lambda: objectives.with_visual(objectives.rdpo()), r"'rdpo' has the leaves"),
+    (lambda: objectives.with_visual(objectives.sft()), r"'sft' has the leaves"),
+    (lambda: objectives.bco_pair().at(math.nan), r"shift must be a finite number or a tensor"),
+    (
+        lambda: rk.Objective(
+            "x",
+            TWO,
+            (
+                PairSigmoid(name="text", positive=0, negative=1),
+                AnchorSigmoid(name="a", leaf=0, shifted=True, reward="mean_logp"),
+            ),
+        ),
+        r"'a' subtracts the running mean of mean_logp rewards, but objective 'x' reports log_ratio",
     ),
     (lambda: objectives.rdpo(beta=0), r"beta must be finite and > 0, got 0"),
     (lambda: objectives.rdpo(beta="0.1"), r"beta must be finite and > 0, got '0.1'"),

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 import pytest
 import torch
@@ -10,10 +10,19 @@ import torch
 import realign_kernels as rk
 from realign_kernels import objectives
 from realign_kernels.objectives import (
+    AnchorProbability,
     AnchorSigmoid,
+    AnchorSquared,
+    LeafValues,
     LinearSigmoid,
     MarginDifference,
+    NegativeLogLikelihood,
+    OddsRatio,
+    PairDiscoPOP,
+    PairExo,
     PairHinge,
+    PairProbability,
+    PairRobust,
     PairSigmoid,
     PairSquared,
     PlackettLuce,
@@ -26,7 +35,15 @@ LINKS = {
         PairSigmoid(name="sigmoid", positive=0, negative=1),
         PairHinge(name="hinge", positive=0, negative=1),
         PairSquared(name="squared", positive=0, negative=1),
+        PairRobust(name="robust", positive=0, negative=1),
+        PairProbability(name="probability", positive=0, negative=1),
+        PairExo(name="exo", positive=0, negative=1),
+        PairDiscoPOP(name="discopop", positive=0, negative=1, tau=0.5),
+        OddsRatio(name="odds", positive=0, negative=1),
         AnchorSigmoid(name="anchor", leaf=0),
+        AnchorSquared(name="anchor_squared", leaf=0, target=0.25),
+        AnchorProbability(name="anchor_probability", leaf=0),
+        NegativeLogLikelihood(name="nll", leaf=2),
         SoftmaxNegatives(name="softmax", positive=0, negatives=(1, 2), omegas=(0.5, 2.0)),
         PlackettLuce(name="plackett_luce", ranking=(2, 0, 1)),
         MarginDifference(name="difference", first=(0, 1), second=(2, 3)),
@@ -34,14 +51,28 @@ LINKS = {
     )
 }
 REWARDS = torch.tensor([[0.7, -2.0], [0.2, 1.5], [-0.4, 0.3], [1.1, -0.6]], dtype=torch.float64)
+COUNTS = torch.tensor([[2, 3], [1, 4], [5, 2], [2, 2]])
+SHIFT = 0.375
+
+
+def values_of(rewards):
+    """Values of four leaves, whose log-probs are the rewards minus 3."""
+    return LeafValues(rewards, rewards - 3, torch.full_like(rewards, -9), COUNTS, SHIFT)
 
 
 def nll(z: float) -> float:
     return math.log1p(math.exp(-z))
 
 
-def by_hand(a, b, c, d):
+def sig(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
+def by_hand(a, b, c, d, n):
     """Formulas over rewards a, b, c, d: LINKS, then options that no preset uses."""
+    q, odds = sig(a - b), [math.exp((x - 3) / m) for x, m in zip((a, b), n, strict=False)]
+    odds = [p / (1 - p) for p in odds]
+    mixed = sig((a - b) / 0.5)
     soft = 0.5 * math.exp(b - a) + 2 * math.exp(c - a)
     first = math.exp(c) / (math.exp(a) + math.exp(b) + math.exp(c))
     second = math.exp(a) / (math.exp(a) + math.exp(b))
@@ -49,7 +80,19 @@ def by_hand(a, b, c, d):
         (LINKS["sigmoid"], nll(a - b)),
         (LINKS["hinge"], max(0.0, 1 - (a - b))),
         (LINKS["squared"], (a - b - 0.5) ** 2),
+        (LINKS["robust"], (0.9 * nll(a - b) - 0.1 * nll(b - a)) / 0.8),
+        (LINKS["probability"], sig(b - a)),
+        (LINKS["exo"], q * math.log(q / 0.999) + (1 - q) * math.log((1 - q) / 0.001)),
+        (LINKS["discopop"], (1 - mixed) * nll(a - b) + mixed * math.exp(b - a)),
+        (LINKS["odds"], nll(math.log(odds[0] / odds[1]))),
         (LINKS["anchor"], nll(a)),
+        (LINKS["anchor_squared"], (a - 0.25) ** 2),
+        (LINKS["anchor_probability"], sig(-a)),
+        (LINKS["nll"], (3 - c) / n[2]),
+        (replace(LINKS["sigmoid"], target=0.5), nll(a - b - 0.5)),
+        (replace(LINKS["anchor"], shifted=True), nll(a - SHIFT)),
+        (replace(LINKS["anchor"], shifted=True, delta=1.0, below=True), nll(SHIFT + 1 - a)),
+        (replace(LINKS["anchor_probability"], leaf=3, below=True), sig(d)),
         (LINKS["softmax"], math.log(1 + soft)),
         (LINKS["plackett_luce"], -math.log(first) - math.log(second)),
         (LINKS["difference"], ((a - b) - (c - d)) ** 2),
@@ -67,26 +110,35 @@ def by_hand(a, b, c, d):
     ]
 
 
-@pytest.mark.parametrize("case", range(len(by_hand(0, 0, 0, 0))))
+@pytest.mark.parametrize("case", range(len(by_hand(0, 0, 0, 0, (1, 1, 1, 1)))))
 def test_link_is_its_formula(case):
-    columns = [by_hand(*column)[case] for column in REWARDS.T.tolist()]
+    columns = [
+        by_hand(*column, counts)[case]
+        for column, counts in zip(REWARDS.T.tolist(), COUNTS.T.tolist(), strict=True)
+    ]
     term = columns[0][0]
     expected = torch.tensor([value for _, value in columns], dtype=torch.float64)
-    torch.testing.assert_close(term(REWARDS), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(term(values_of(REWARDS)), expected, rtol=1e-12, atol=0)
     rewards = REWARDS.clone().requires_grad_()
-    assert torch.autograd.gradcheck(term, rewards)
-    (gradient,) = torch.autograd.grad(term(rewards).sum(), rewards)
+    assert torch.autograd.gradcheck(lambda x: term(values_of(x)), rewards)
+    (gradient,) = torch.autograd.grad(term(values_of(rewards)).sum(), rewards)
     assert set((gradient != 0).any(1).nonzero()[:, 0].tolist()) <= set(term.leaves)
 
 
 def test_compiled_equals_eager():
-    """Every link in one graph, with a detached leaf and averaging."""
+    """Every link in one graph, with a detached leaf, every kind of reward and a shift."""
     leaves = (*objectives.symmpo().leaves[:3], objectives.Leaf("chosen", "image", detached=True))
-    objective = rk.Objective("compiled", leaves, tuple(LINKS.values()), 0.5, average=True)
-    counts = torch.tensor([[2, 3], [1, 4], [5, 2], [2, 2]])
+    kinds = itertools.cycle(objectives.REWARDS[1:])
+    terms = [
+        replace(term, reward="mean_logp" if name in ("odds", "nll") else next(kinds))
+        for name, term in LINKS.items()
+    ]
+    terms.append(replace(LINKS["anchor"], name="shifted", shifted=True))
+    objective = rk.Objective("compiled", leaves, tuple(terms), 0.5)
 
     def losses(logps):
-        out = objective(logps, torch.zeros_like(logps), "mean", counts)
+        shifted = objective.at(torch.tensor(0.25, dtype=torch.float64))
+        out = shifted(logps - 3, torch.zeros_like(logps), "mean", COUNTS)
         return out.loss, out.term_losses
 
     eager, compiled = (REWARDS.clone().requires_grad_() for _ in range(2))
@@ -119,7 +171,7 @@ def test_no_number_may_be_nan_or_infinite(name):
 @pytest.mark.parametrize("name", objectives.PRESETS)
 def test_no_setting_of_a_preset_may_be_nan_or_infinite(name):
     numbers = [k for k, default in objectives.settings(name).items() if isinstance(default, float)]
-    assert "beta" in numbers
+    assert "beta" in numbers or name == "sft"
     for setting, bad in itertools.product(numbers, (math.nan, math.inf, -math.inf)):
         with pytest.raises(ValueError, match="finite"):
             objectives.get(name, **{setting: bad})
@@ -135,6 +187,11 @@ MISTAKES = [
     (PairSigmoid, PAIR | {"negative": 0}, r"'t' reads a leaf twice, \(0, 0\)"),
     (PairSigmoid, PAIR | {"negative": -1}, r"'t' reads leaf -1, but an index must be"),
     (PairSigmoid, PAIR | {"negative": 1.0}, r"'t' reads leaf 1.0"),
+    (PairSigmoid, PAIR | {"reward": "ratio"}, r"reward of .* one of log_ratio, .* got 'ratio'"),
+    (PairRobust, PAIR | {"label_smoothing": 0.5}, r"label_smoothing of .* in \[0, 0.5\), got 0.5"),
+    (PairExo, PAIR | {"label_smoothing": 0}, r"label_smoothing of .* in \(0, 0.5\), got 0"),
+    (PairDiscoPOP, PAIR | {"tau": 1.5}, r"tau of term 't' must be in \(0, 1\], got 1.5"),
+    (OddsRatio, PAIR | {"reward": "logp"}, r"reward of term 't' must be mean_logp, got 'logp'"),
     (PairHinge, PAIR | {"target": 0}, r"target of term 't' must be finite and > 0, got 0"),
     (AnchorSigmoid, {"name": "t", "leaf": 0, "delta": None}, r"delta .* a number, got None"),
     (SoftmaxNegatives, {"name": "t", "positive": 0, "negatives": ()}, r"negatives .* got \(\)"),
@@ -176,3 +233,34 @@ def test_terms_are_values():
         assert {replace(term): name}[term] == name and replace(term, weight=2.0) != term
         required = [f.name for f in fields(term) if f.default is MISSING]
         assert required[0] == "name"
+
+
+def test_leaf_fields_name_every_leaf():
+    """A sum of objectives changes indices by leaf_fields."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Hidden(PairSigmoid):
+        third: int = 2
+
+        @property
+        def leaves(self):
+            return (self.positive, self.negative, self.third)
+
+    for term in LINKS.values():
+        moved = term.moved({i: i + 4 for i in range(4)})
+        assert moved.leaves == tuple(leaf + 4 for leaf in term.leaves)
+        inputs = values_of(torch.cat([torch.full_like(REWARDS, torch.nan), REWARDS]))
+        inputs = inputs._replace(token_counts=torch.cat([COUNTS, COUNTS]))
+        assert torch.equal(moved(inputs), term(values_of(REWARDS)))
+    with pytest.raises(ValueError, match=r"reads leaves \(0, 1, 2\), but its leaf_fields are"):
+        Hidden(name="x", positive=0, negative=1).moved({2: 5})
+
+
+def test_the_odds_ratio_is_finite_at_its_limits():
+    """A response that is certain, and one whose probability underflows."""
+    logps = torch.tensor([[0.0, -1e-8, -1e4], [-1e4, 0.0, 0.0]], requires_grad=True)
+    values = LeafValues(logps, logps, logps, torch.ones(2, 3), 0.0)
+    loss = LINKS["odds"](values)
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    assert loss[0] == 0 and loss[2] > 1e4

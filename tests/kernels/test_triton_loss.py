@@ -159,8 +159,8 @@ def test_no_examples():
 def test_supported_objectives():
     @dataclass(frozen=True, kw_only=True)
     class Mine(PairSigmoid):
-        def __call__(self, rewards):
-            return rewards[0]
+        def __call__(self, values):
+            return values.rewards[0]
 
     @dataclass(frozen=True)
     class Wider(objectives.Objective):
@@ -177,7 +177,9 @@ def test_supported_objectives():
         objectives.cdpo(),
         objectives.hinge(),
         objectives.ipo(),
-        replace(plain, average=True),
+        objectives.sigmoid_norm(),
+        objectives.simpo(),
+        objectives.bco_pair(),
         replace(plain, leaves=(plain.leaves[0]._replace(detached=True), plain.leaves[1])),
         replace(plain, terms=(AnchorSigmoid(name="anchor", leaf=0, below=True),)),
     ]

@@ -41,7 +41,13 @@ class Table(NamedTuple):
 LEAF_FIELDS = {"response", "image", "detached", "rival"}
 """Fields of a leaf that the kernel supports. `rival` only affects the log-probs it receives."""
 
-NEUTRAL = {"label_smoothing": 0, "below": False, "average": False}
+NEUTRAL = {
+    "label_smoothing": 0,
+    "target": 0,
+    "below": False,
+    "shifted": False,
+    "reward": "log_ratio",
+}
 """Settings that the kernel does not support, with the values that switch them off."""
 
 
@@ -58,7 +64,7 @@ def supports(objective: Objective) -> bool:
     """Whether the kernel supports this objective: only plain PairSigmoid and AnchorSigmoid."""
     return (
         type(objective) is Objective
-        and _known(objective, "name", "leaves", "terms", "beta")
+        and _known(objective, "name", "leaves", "terms", "beta", "shift")
         and all(set(leaf._fields) <= LEAF_FIELDS and not leaf.detached for leaf in objective.leaves)
         and all(
             (type(term) is PairSigmoid and _known(term, "name", "weight", "positive", "negative"))
