@@ -120,7 +120,8 @@ class FillConfig:
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
-        LossConfig(objective=self.objective)  # raises for unknown names
+        if not LossConfig(objective=self.objective).build().needs_reference:
+            raise ValueError(f"--objective {self.objective} needs no reference log-probs.")
 
 
 def fill(tables: CacheConfig, config: FillConfig) -> None:

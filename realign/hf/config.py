@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import TrainingArguments
@@ -24,9 +24,16 @@ class RDPOConfig(TrainingArguments):
     """TrainingArguments with the settings of rDPO.
 
     Attributes:
-        objective: one of `realign_kernels.objectives.PRESETS`.
+        objective: one of `realign_kernels.objectives.PRESETS`, or a sum, as sigmoid+sft.
+        loss_weights: weights of the parts of a sum, 1 by default.
+        link: objective, or sum, that rdpo uses for the text and for the image. None is DPO's.
         beta: beta of the objective. A larger beta keeps the model closer to the reference model.
+            None is the objective's default.
         visual_weight: weight of the visual term, for objectives that have one.
+        label_smoothing: share of flipped pairs that cdpo and robust assume, or epsilon of exo_pair.
+        gamma: target margin of simpo.
+        nll_weight: weight of the loss of the chosen response's tokens in rpo, mpo and cpo.
+        discopop_tau: width of discopop's change between its two losses.
         max_response_tokens: maximum number of tokens in a response. A longer response is an error.
         row_tokens: maximum number of tokens in a row of the forest. 0 chooses by the attention.
         split: split of data sets that are given by a path or a name on the Hub.
@@ -45,8 +52,14 @@ class RDPOConfig(TrainingArguments):
     learning_rate: float = 1e-5
     logging_nan_inf_filter: bool = False
     objective: str = "rdpo"
-    beta: float = 0.1
+    loss_weights: list[float] | None = None
+    link: str | None = None
+    beta: float | None = None
     visual_weight: float = 1.0
+    label_smoothing: float | None = None
+    gamma: float | None = None
+    nll_weight: float | None = None
+    discopop_tau: float | None = None
     max_response_tokens: int = 1024
     row_tokens: int = 0
     split: str | None = None
@@ -82,7 +95,9 @@ class RDPOConfig(TrainingArguments):
         self.accelerator_config.non_blocking |= self.dataloader_pin_memory
         if (self.image_workers or 0) < 0:
             raise ValueError(f"image_workers is {self.image_workers}; it must be 0 or more.")
-        self.loss = LossConfig(self.objective, self.beta, self.visual_weight)
+        weights = self.loss_weights and ",".join(map(str, self.loss_weights))
+        given = {field.name: getattr(self, field.name) for field in fields(LossConfig)}
+        self.loss = LossConfig(**given | {"loss_weights": weights})
         for name, default in _REFUSED.items():
             if getattr(self, name, default) not in (default, None):
                 raise ValueError(f"{name} would have no effect on rDPO's loss here. Leave it out.")

@@ -24,6 +24,7 @@ from realign.modeling.loading import adapter_base, from_pretrained
 from realign.modeling.model import ForestModel
 from realign.progress import track
 from realign_kernels import Objective, leaf_keys
+from realign_kernels.objectives import RunningMean
 
 
 class Module(ForestModel):
@@ -155,11 +156,18 @@ class RunReference:
         fingerprint: fingerprint of the reference.
         examples: examples of the run.
         references: reference log-probs of the examples, (L, examples).
+        known: whether they are the log-probs of a reference. An objective may need none.
     """
 
     def __init__(
-        self, fingerprint: dict[str, str], examples: Sequence[Example], references: torch.Tensor
+        self,
+        fingerprint: dict[str, str],
+        examples: Sequence[Example],
+        references: torch.Tensor,
+        *,
+        known: bool = True,
     ) -> None:
+        self._known = known
         compared = examples[:_COMPARED]
         values = references[:, : len(compared)].T.flatten().tolist()
         keys = [bytes(key).hex() for key in leaf_keys(compared)]
@@ -167,13 +175,14 @@ class RunReference:
         self._about = {"weights": fingerprint["weights"], "dtype": fingerprint["dtype"]}
         self._logps = dict(zip(keys, values, strict=True))
 
-    def save(self, folder: Path) -> None:
-        """Write the reference file into a checkpoint."""
-        text = json.dumps(self._about | {"logps": self._logps}, indent=1)
+    def save(self, folder: Path, shift: RunningMean) -> None:
+        """Write the reference file into a checkpoint, with the run's mean of rewards."""
+        mean = {"reward_mean": shift.value, "rewards": shift.count}
+        text = json.dumps(self._about | mean | {"logps": self._logps}, indent=1)
         (folder / _FILE).write_text(text, encoding="utf-8")
 
-    def check(self, folder: Path) -> None:
-        """Compare this reference with that of a checkpoint.
+    def check(self, folder: Path) -> RunningMean:
+        """Compare this reference with that of a checkpoint. Returns its mean of rewards.
 
         Raises:
             ValueError: if the references differ, or the checkpoint has none.
@@ -185,8 +194,14 @@ class RunReference:
                 "earlier version of this one, wrote it. Resume with that one, or begin a new run."
             )
         saved = read_json(file)
+        mean = RunningMean(saved.get("reward_mean", 0.0), saved.get("rewards", 0))
         if saved["weights"] == self._about["weights"]:
-            return
+            return mean
+        if not self._known:
+            raise ValueError(
+                f"the weights of the checkpoint {folder} belong to another base. Give the same "
+                "model with the same adapters."
+            )
         shared = self._logps.keys() & saved["logps"].keys()
         gap = sum(abs(self._logps[key] - saved["logps"][key]) for key in shared)
         if len(shared) < len(self._logps) or gap / self._tokens > _ROUNDING[self._about["dtype"]]:
@@ -198,3 +213,4 @@ class RunReference:
                 "Give the same model with the same adapters. Save them before the first run and "
                 "load them for both runs, or give a peft_config and a seed."
             )
+        return mean

@@ -44,6 +44,7 @@ from realign.training import metrics
 from realign.training.model_card import loss_settings, model_card
 from realign.training.step import Feed
 from realign_kernels import ReferenceCache
+from realign_kernels.objectives import RunningMean
 
 
 class RDPOTrainer(Trainer):
@@ -144,6 +145,8 @@ class RDPOTrainer(Trainer):
         self._feed: Feed | None = None  # set with the references
         self._pool: ThreadPoolExecutor | None = None  # lays out batches while a loop runs
         self._losses: list[tuple[torch.Tensor, tuple[str, ...]]] = []  # not read yet
+        self._shift = RunningMean()  # of rewards, for an objective that subtracts it
+        self._step_rewards: list[torch.Tensor] = []  # (leaves, B) of the micro-batches of a step
         # In fp64. For steps since the last log: number of examples and sums, (1, 1 + metrics). For
         # an evaluation: index and metrics of each example of a batch, (B, 1 + metrics).
         self._sums: torch.Tensor | None = None
@@ -239,19 +242,23 @@ class RDPOTrainer(Trainer):
         with self.accelerator.autocast():
             for line in module.check_forest(self.examples[0], self.store, device):
                 self._log_rank0(line)
-            with ReferenceCache.open(directory, checks.agreed(self._fingerprint)) as cache:
-                self.references = reference_logps.fill(
-                    cache,
-                    module,
-                    self.examples,
-                    self.store,
-                    adapters=has_effect,
-                    row_tokens=args.row_tokens or longest,
-                    batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
-                    device=device,
-                    progress=not args.disable_tqdm and args.process_index == 0,
-                    log=self._log_rank0,
-                ).float()
+            fingerprint = checks.agreed(self._fingerprint)
+            if self.objective.needs_reference:
+                with ReferenceCache.open(directory, fingerprint) as cache:
+                    self.references = reference_logps.fill(
+                        cache,
+                        module,
+                        self.examples,
+                        self.store,
+                        adapters=has_effect,
+                        row_tokens=args.row_tokens or longest,
+                        batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
+                        device=device,
+                        progress=not args.disable_tqdm and args.process_index == 0,
+                        log=self._log_rank0,
+                    ).float()
+            else:
+                self.references = torch.zeros(len(self.objective.leaves), len(self.examples))
         module.train(training)
         self._feed = Feed(
             self.examples, self.references, self.store, module.attention, args.row_tokens, device
@@ -302,7 +309,7 @@ class RDPOTrainer(Trainer):
             assert self._feed is not None
             part = self._feed(inputs["indices"].cpu().numpy())
         part = part.to(self.args.device)
-        output = model(part.batch, self.objective, part.references)
+        output = model(part.batch, self.objective.at(self._shift.value), part.references)
         loss = output.loss / part.batch.examples
         self._losses.append((loss.detach(), part.batch.names))
         values = metrics.by_example(output, self.objective)
@@ -313,6 +320,8 @@ class RDPOTrainer(Trainer):
         else:
             sums = torch.stack([torch.ones_like(indices), *values.values()], dim=1).sum(0, True)
             self._sums = sums if self._sums is None else self._sums + sums
+            if leaves := self.objective.shifted_leaves:
+                self._step_rewards.append(output.rewards[list(leaves)].double())
         return (loss, {"logps": output.logps}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -325,6 +334,11 @@ class RDPOTrainer(Trainer):
         if self.accelerator.sync_gradients:
             losses, self._losses = self._losses, []
             parts.check_finite(losses)
+            if self._step_rewards:
+                rewards = torch.cat(self._step_rewards, dim=1).mean(0)
+                rows = self._gathered(torch.stack([torch.ones_like(rewards), rewards], dim=1))
+                self._shift.add(float(rows[:, 1].mean()), len(rows))
+                self._step_rewards = []
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -380,7 +394,7 @@ class RDPOTrainer(Trainer):
             adapters.save(self.adapter, folder, gathered)
         self.processing_class.save_pretrained(folder)
         if self.references is not None:
-            self._run_reference().save(folder)
+            self._run_reference().save(folder, self._shift)
         (folder / "README.md").write_text(self._card(), encoding="utf-8")
         torch.save(self.args, folder / "training_args.bin")
 
@@ -391,7 +405,8 @@ class RDPOTrainer(Trainer):
 
     def _run_reference(self) -> parts.RunReference:
         assert self.references is not None
-        return parts.RunReference(self._fingerprint, self.examples, self.references)
+        known = self.objective.needs_reference
+        return parts.RunReference(self._fingerprint, self.examples, self.references, known=known)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write this project's card to `output_dir` instead of Trainer's, for `push_to_hub`."""
@@ -426,7 +441,7 @@ class RDPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self._run_reference().check(folder)
+        self._shift = self._run_reference().check(folder)
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.adapter is not None:

@@ -70,13 +70,8 @@ def make_objective(loss: LossConfig, table: RecordTable) -> Objective:
         RecordError: when the objective takes several visual negatives, and a record has fewer than
             two or a different number than the first record.
     """
-    accepted = objectives.settings(loss.objective)
-    settings = {"beta": loss.beta}
-    if "visual_weight" in accepted:
-        settings["visual_weight"] = loss.visual_weight
-    if "negatives" in accepted:
-        settings["negatives"] = _visual_negatives(loss.objective, table)
-    return objectives.get(loss.objective, **settings)
+    several = "negatives" in objectives.settings(loss.terms)
+    return loss.build(_visual_negatives(loss.objective, table) if several else None)
 
 
 def _visual_negatives(name: str, table: RecordTable) -> int:

@@ -1,6 +1,7 @@
 """Metrics of a step: TRL's names for the text side, and `visual` names for the visual side.
 
-- `rewards/*`: beta times the log-ratio of policy and reference, in nats
+- `rewards/*`: beta times the log-ratio of policy and reference, or another kind of the objective
+  (`realign_kernels.objectives.REWARDS`), in nats
 - `rewards/accuracies`: share of examples whose chosen response has the higher reward
 - `logps/*`: summed log-probs in nats
 - `loss/*`: losses of an objective's terms before they are weighted
@@ -14,6 +15,7 @@ Leaves without such a name are called `{response}_under_{image}`. `step.py` adds
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,6 +64,13 @@ def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tens
     """Sums of all metrics over a batch's examples, as fp64 scalars."""
     added = {name: value.sum() for name, value in by_example(output, objective).items()}
     return {"loss": output.loss.detach().double()} | added
+
+
+def shifted_mean(metrics: Mapping[str, float], objective: Objective) -> float:
+    """Mean of the rewards that an objective's running mean includes, from means over a batch."""
+    names = leaf_names(objective)
+    rewards = [metrics[f"rewards/{names[leaf]}"] for leaf in objective.shifted_leaves]
+    return sum(rewards) / len(rewards)
 
 
 def legend(entry: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,13 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def loss_settings(loss: LossConfig) -> dict[str, float]:
+def loss_settings(loss: LossConfig) -> dict[str, Any]:
     """The settings of an objective for the card."""
-    weighted = "visual_weight" in objectives.settings(loss.objective)
-    return {"beta": loss.beta} | ({"visual weight": loss.visual_weight} if weighted else {})
+    settings = asdict(loss)
+    if "visual_weight" not in objectives.settings(loss.objective):
+        del settings["visual_weight"]
+    del settings["objective"]
+    return {name.replace("_", " "): v for name, v in settings.items() if v is not None}
 
 
 def model_card(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from realign.training.run_dir import base_of, check_settings
 from realign.training.schedule import rank_slice, total_steps
 from realign.training.throughput import image_flop
 from realign_kernels import Objective, ReferenceCache
+from realign_kernels.objectives import RunningMean
 
 
 @dataclass
@@ -160,6 +161,7 @@ class Run:
         checkpoints: checkpoints in the output folder.
         done: step of the checkpoint to resume from, 0 for none.
         progress: whether this rank shows progress bars.
+        shift: running mean of rewards, for an objective that subtracts it.
     """
 
     config: TrainConfig
@@ -175,6 +177,7 @@ class Run:
     checkpoints: Checkpoints
     done: int
     progress: bool
+    shift: RunningMean = field(default_factory=RunningMean)
 
     @property
     def total(self) -> int:
@@ -272,6 +275,9 @@ def reference_pass(run: Run) -> torch.Tensor:
         size, store = optim.micro_batch_size, inputs.store
         feature_cache.fill(features, inputs.model, store, run.device, size, progress=run.progress)
         inputs.store.features = features
+    if not inputs.objective.needs_reference:
+        distributed.log_rank0(f"{inputs.objective.name} needs no reference log-probs")
+        return torch.zeros(len(inputs.objective.leaves), len(inputs.examples))
     directory = config.run.reference_cache or reference_logps.default_directory()
     with ReferenceCache.open(directory, run.fingerprint) as cache:
         references = reference_logps.fill(

@@ -22,7 +22,7 @@ from realign.modeling.images import ImageStore
 from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import ahead, pinned
 from realign.training.fsdp import sync_gradients
-from realign.training.metrics import sums
+from realign.training.metrics import shifted_mean, sums
 from realign.training.run_dir import StopSignal, write_identity
 from realign.training.schedule import batches, learning_rate, seed_step
 from realign.training.setup import Run
@@ -184,13 +184,14 @@ def train_step(
         NonFiniteStep: when loss or gradient is not finite.
     """
     optim, model, optimizer = run.config.optim, run.inputs.model, run.optimizer
+    objective = run.inputs.objective.at(run.shift.value)
     seed_step(run.config.run.seed, step, distributed.rank())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step - 1, run.total, optim)
     forward_backward = partial(
         accumulate,
         model,
-        objective=run.inputs.objective,
+        objective=objective,
         batch_size=optim.batch_size,
         device=run.device,
     )
@@ -210,6 +211,8 @@ def train_step(
         names = [run.inputs.examples.name(i) for i in nonfinite]
         raise NonFiniteStep(step, metrics, names, optim.batch_size)
     optimizer.zero_grad()
+    if objective.shifted_leaves:
+        run.shift.add(shifted_mean(metrics, objective), optim.batch_size)
     return metrics | {"learning_rate": optimizer.param_groups[0]["lr"]}, stopping
 
 
