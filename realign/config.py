@@ -190,6 +190,13 @@ class LossConfig:
     """Width of discopop's change between its two losses. Without it, 0.05."""
 
     def __post_init__(self) -> None:
+        known = {**objectives.PRESETS, **objectives.ALIASES}
+        for name in ("objective", "link"):
+            if not set((getattr(self, name) or "rdpo").split("+")) <= known.keys():
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of "
+                    f"{', '.join(objectives.PRESETS)}, or several joined by +."
+                )
         if self.link is not None and self.objective != "rdpo":
             _no_effect("link", f"{self.objective} has its own", "use --objective rdpo")
         accepted = objectives.settings(self.terms)

@@ -77,7 +77,8 @@ def test_leaves_match_their_names(rich, processor, name):
             assert leaf.rival == named.rival
 
 
-AT_THE_REFERENCE = {  # all rewards are 0 there
+SMOOTHED = 1e-3  # of exo_pair
+AT_THE_REFERENCE = {  # all log-ratios are 0 there
     "dpo": log(2),
     "rdpo": 1.5 * log(2),
     "mdpo": 2.5 * log(2),
@@ -90,23 +91,56 @@ AT_THE_REFERENCE = {  # all rewards are 0 there
     "lpoi": 2 * log(2) + 0.5 * log(factorial(NEGATIVES + 1)),
     "chip": log(2),
     "cdpo": log(2),
+    "robust": log(2),
     "ipo": 0.25 / 0.2**2,
+    "ipo_norm": 0.25 / 0.2**2,
     "hinge": 1.0,
+    "sigmoid_norm": log(2),
+    "exo_pair": -log(2) - 0.5 * log(SMOOTHED * (1 - SMOOTHED)),
+    "nca_pair": 2 * log(2),
+    "bco_pair": 2 * log(2),
+    "sppo_hard": 2 * 0.25 / 0.2**2,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "discopop": 0.5 * log(2) + 0.5,
+    "rpo": log(2),
+    "mpo": (0.8 + 0.2 * 2) * log(2),
+    "simpo": 0.0,
+    "cpo": 0.0,
+    "orpo": 0.0,
+    "sft": 0.0,
     "released": 1.5 * log(2),
 }
+
+
+def of_logps(name, logps, counts):
+    """The part of a loss that depends on log-probs without a reference, mean over examples."""
+    chosen, *_ = means = logps / counts
+    sigmoid = torch.nn.functional.logsigmoid
+    odds = [p - torch.log1p(-p.exp()) for p in means]
+    comparison = {
+        "simpo": lambda: -sigmoid(0.2 * (means[0] - means[1]) - 1.0),
+        "cpo": lambda: -sigmoid(0.2 * (logps[0] - logps[1])),
+        "orpo": lambda: -0.2 * sigmoid(odds[0] - odds[1]),
+    }.get(name, lambda: torch.zeros(()))()
+    nll = -chosen if name in ("rpo", "mpo", "cpo", "orpo", "sft") else torch.zeros(())
+    return (comparison + nll).mean().item()
 
 
 @pytest.mark.parametrize("name", objectives.PRESETS)
 def test_every_preset_computes_its_loss(rich, processor, forest_model, name):
     weight = {"visual_weight": 0.5} if "visual_weight" in objectives.settings(name) else {}
-    objective, examples, store = encode(rich[:4], processor, name, beta=0.2, **weight)
-    assert objective.beta == 0.2
+    weight |= {"beta": 0.2} if name != "sft" else {}
+    objective, examples, store = encode(rich[:4], processor, name, **weight)
+    assert objective.beta == 0.2 or name == "sft"
     batch = build_batch(examples, store, row_tokens=200)
     with torch.no_grad():
         logps = batch.leaf_sums(forest_model.logps(batch))
         out = forest_model(batch, objective, logps.float())
     assert logps.shape == (len(objective.leaves), 4)
-    assert out.loss.item() / 4 == pytest.approx(AT_THE_REFERENCE[name], abs=2e-5)
+    counts = torch.tensor([[len(leaf.ids) for leaf in e.leaves] for e in examples]).T
+    expected = AT_THE_REFERENCE[name] + of_logps(name, logps.double(), counts)
+    assert out.loss.item() / 4 == pytest.approx(expected, abs=2e-5)
     reported = metrics.sums(out, objective)
     assert all(value.isfinite() for value in reported.values())
     for leaf, total in zip(metrics.leaf_names(objective), logps.sum(1), strict=True):

@@ -24,7 +24,9 @@ OPTIONS = {
     config.DataConfig: """
         pairs=None split=None image_folder=None min_pixels=None max_pixels=None
         max_response_tokens=1024 workers=None row_tokens=0""",
-    config.LossConfig: "objective=rdpo beta=0.1 visual_weight=1.0",
+    config.LossConfig: """
+        objective=rdpo loss_weights=None link=None beta=None visual_weight=1.0 label_smoothing=None
+        gamma=None nll_weight=None discopop_tau=None""",
     config.OptimConfig: """
         learning_rate=0.0 weight_decay=0.0 warmup=0.03 clip=1.0 batch_size=32 micro_batch_size=16
         epochs=1.0 steps=0""",
@@ -83,6 +85,7 @@ def test_option_names_are_unique_over_the_sections_of_training():
     defaults["optim"]["learning_rate"] = 5e-5  # 0 chooses by model
     defaults["model"]["attention"] = "tree"  # auto
     defaults["model"] |= {"lora_rank": 32, "lora_alpha": 64.0}  # None
+    defaults["loss"]["beta"] = 0.1  # None
     defaults["model"]["dtype"] = "bf16" if torch.cuda.is_available() else "fp32"  # auto
     assert config.TrainConfig().to_dict() == defaults
     assert config.parse(["--compile"]).model.attention == "tree"
@@ -183,7 +186,10 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
         ),
         ("beta = 0.1\n", r"key 'beta' is outside a section. Put it under \[loss\]\."),
         ("betta = 0.1\n", "key 'betta' is outside a section. The sections are model, data, loss,"),
-        ("[loss]\nbetta = 0.1\n", r"unknown key 'betta' in \[loss\]; it has objective, beta"),
+        (
+            "[loss]\nbetta = 0.1\n",
+            r"unknown key 'betta' in \[loss\]; it has objective, loss_weights",
+        ),
         ('[loss]\nbeta = "0.1"\n', "loss.beta is '0.1'; it must be of type float"),
         ("[optim]\nbatch_size = 8.0\n", "optim.batch_size is 8.0; it must be of type int"),
         ("[optim]\nbatch_size = true\n", "optim.batch_size is True; it must be of type int"),
@@ -279,14 +285,50 @@ def test_every_preset_can_be_named(name):
     assert config.parse(["--objective", name]).loss.objective == name
     docs = cli._field_docs(config.LossConfig)
     assert re.search(rf"\b{name}\b", docs["objective"])
-    weighted = "visual_weight" in objectives.settings(name)
-    assert bool(re.search(rf"\b{name}\b", docs["visual_weight"])) == weighted
-    given = ["--objective", name, "--visual-weight", "0.5"]
-    if weighted:
-        assert config.parse(given).loss.visual_weight == 0.5
-    else:
-        with pytest.raises(ValueError, match=f"no effect: {name} has no such weight. Leave it out"):
-            config.parse(given)
+    for setting in ("visual_weight", "label_smoothing", "gamma", "nll_weight", "discopop_tau"):
+        has = setting in objectives.settings(name)
+        assert bool(re.search(rf"\b{name}\b", docs[setting])) == has
+        given = ["--objective", name, f"--{setting.replace('_', '-')}", "0.25"]
+        if has:
+            loss = config.parse(given).loss
+            assert getattr(loss, setting) == 0.25
+            assert loss.build() == objectives.get(name, **{setting: 0.25})
+        else:
+            with pytest.raises(ValueError, match=f"no effect: {name} has no such setting. Leave"):
+                config.parse(given)
+
+
+def test_sums_and_links():
+    words = ["--objective", "sigmoid+bco_pair+sft", "--loss-weights", "0.8,0.2,1"]
+    found = config.parse(words).loss
+    assert found.build() == objectives.get("sigmoid+bco_pair+sft", (0.8, 0.2, 1))
+    assert (found.beta, found.gamma) == (0.1, None)
+    found = config.parse(["--link", "simpo", "--gamma", "0.5", "--visual-weight", "2"]).loss
+    assert found.build() == objectives.with_visual(objectives.simpo(gamma=0.5), 2)
+    assert found.beta == 2.0
+    found = config.parse(["--link", "sigmoid+sft", "--loss-weights", "1,0.5", "--beta", "0.2"]).loss
+    assert found.build() == objectives.with_visual(
+        objectives.get("sigmoid+sft", (1, 0.5), beta=0.2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--objective mdpo --link simpo", "--link would have no effect: mdpo has its own"),
+        ("--link simop", "--link is 'simop'; it must be one of dpo, rdpo"),
+        ("--link rdpo", "'rdpo' has the leaves"),
+        ("--objective dpo+rdop", "--objective is 'dpo.rdop'; it must be one of"),
+        ("--objective dpo --loss-weights 1", "--loss-weights would have no effect: dpo is no sum"),
+        ("--objective dpo+sft --loss-weights 1,x", "--loss-weights is '1,x'. Give numbers with"),
+        ("--objective dpo+sft --loss-weights 1", "2 objectives need as many weights, got 1"),
+        ("--objective dpo+simpo", "different betas, 0.1, 2.0. Give all the same beta"),
+        ("--objective exo_pair --label-smoothing 0", "label-smoothing of term 'text' must be in"),
+    ],
+)
+def test_a_bad_sum_or_link_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        config.parse(arguments.split())
 
 
 def test_percent_signs_and_optional_types_reach_argparse(capsys):
