@@ -165,10 +165,11 @@ class DataConfig:
 @dataclass
 class LossConfig:
     objective: str = "rdpo"
-    """Preference objective, or several joined by + for their sum: dpo (or sigmoid), rdpo, mdpo,
-    mfpo, svco, symmpo, ovip, adavip, mispdpo, lpoi, chip, cdpo, robust, ipo, ipo_norm, hinge,
-    sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, discopop, rpo, mpo,
-    simpo, cpo, orpo, sft, or released. 'released' reproduces the loss of Re-Align's code."""
+    """Preference objective, or a sum joined by +. With a visual term: rdpo, mdpo, mfpo, svco,
+    symmpo, ovip, adavip, mispdpo, lpoi, chip. For the text: dpo (or sigmoid), cdpo, robust, ipo,
+    ipo_norm, hinge, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down,
+    discopop, rpo, mpo. Without a reference: simpo, cpo, orpo, sft. 'released' reproduces the loss
+    of Re-Align's code."""
     loss_weights: str | None = None
     """Weights of the parts of a sum, such as 0.8,0.2,1. Without it, 1 each."""
     link: str | None = None

@@ -23,8 +23,7 @@ from realign.modeling.forest import Example
 from realign.modeling.loading import adapter_base, from_pretrained
 from realign.modeling.model import ForestModel
 from realign.progress import track
-from realign_kernels import Objective, leaf_keys
-from realign_kernels.objectives import RunningMean
+from realign_kernels import Objective, leaf_keys, objectives
 
 
 class Module(ForestModel):
@@ -175,13 +174,13 @@ class RunReference:
         self._about = {"weights": fingerprint["weights"], "dtype": fingerprint["dtype"]}
         self._logps = dict(zip(keys, values, strict=True))
 
-    def save(self, folder: Path, shift: RunningMean) -> None:
+    def save(self, folder: Path, shift: objectives.RunningMean) -> None:
         """Write the reference file into a checkpoint, with the run's mean of rewards."""
         mean = {"reward_mean": shift.value, "rewards": shift.count}
         text = json.dumps(self._about | mean | {"logps": self._logps}, indent=1)
         (folder / _FILE).write_text(text, encoding="utf-8")
 
-    def check(self, folder: Path) -> RunningMean:
+    def check(self, folder: Path) -> objectives.RunningMean:
         """Compare this reference with that of a checkpoint. Returns its mean of rewards.
 
         Raises:
@@ -194,7 +193,7 @@ class RunReference:
                 "earlier version of this one, wrote it. Resume with that one, or begin a new run."
             )
         saved = read_json(file)
-        mean = RunningMean(saved.get("reward_mean", 0.0), saved.get("rewards", 0))
+        mean = objectives.RunningMean(saved.get("reward_mean", 0.0), saved.get("rewards", 0))
         if saved["weights"] == self._about["weights"]:
             return mean
         if not self._known:

@@ -43,8 +43,7 @@ from realign.modeling.prefetch import builder
 from realign.training import metrics
 from realign.training.model_card import loss_settings, model_card
 from realign.training.step import Feed
-from realign_kernels import ReferenceCache
-from realign_kernels.objectives import RunningMean
+from realign_kernels import ReferenceCache, objectives
 
 
 class RDPOTrainer(Trainer):
@@ -145,8 +144,9 @@ class RDPOTrainer(Trainer):
         self._feed: Feed | None = None  # set with the references
         self._pool: ThreadPoolExecutor | None = None  # lays out batches while a loop runs
         self._losses: list[tuple[torch.Tensor, tuple[str, ...]]] = []  # not read yet
-        self._shift = RunningMean()  # of rewards, for an objective that subtracts it
-        self._step_rewards: list[torch.Tensor] = []  # (leaves, B) of the micro-batches of a step
+        self._shift = objectives.RunningMean()
+        self._step_rewards: list[torch.Tensor] = []  # (leaves, B) of each micro-batch of a step
+
         # In fp64. For steps since the last log: number of examples and sums, (1, 1 + metrics). For
         # an evaluation: index and metrics of each example of a batch, (B, 1 + metrics).
         self._sums: torch.Tensor | None = None

@@ -36,8 +36,7 @@ from realign.training.checkpoint import Checkpoints
 from realign.training.run_dir import base_of, check_settings
 from realign.training.schedule import rank_slice, total_steps
 from realign.training.throughput import image_flop
-from realign_kernels import Objective, ReferenceCache
-from realign_kernels.objectives import RunningMean
+from realign_kernels import Objective, ReferenceCache, objectives
 
 
 @dataclass
@@ -177,7 +176,7 @@ class Run:
     checkpoints: Checkpoints
     done: int
     progress: bool
-    shift: RunningMean = field(default_factory=RunningMean)
+    shift: objectives.RunningMean = field(default_factory=objectives.RunningMean)
 
     @property
     def total(self) -> int:

@@ -4,7 +4,7 @@ Notation of the formulas:
 
 - r(y, u) is the reward of response y under image u, beta times its log-ratio of policy and
   reference.
-- p(y, u) is the log-prob of response y under image u, summed over its |y| tokens.
+- p(y, u) is the log-prob of response y under image u, summed over its n(y) tokens.
 - w and l are the chosen and the rejected response.
 - v is the image, and v' the retrieved one (v1, v2, ... if there are several).
 - w' is the response preferred for v'.
@@ -89,7 +89,7 @@ def ipo(beta: float = 0.1) -> Objective:
 def ipo_norm(beta: float = 0.1) -> Objective:
     """IPO with log-ratios per token: Azar et al., arXiv 2310.12036, eq. 17, as in TRL.
 
-    ((r(w,v) / |w| - r(l,v) / |l|) / beta - 1 / (2 beta))^2
+    ((r(w,v) / n(w) - r(l,v) / n(l)) / beta - 1 / (2 beta))^2
     """
     (text,) = ipo(beta).terms
     text = replace(text, reward="mean_log_ratio")
@@ -99,7 +99,7 @@ def ipo_norm(beta: float = 0.1) -> Objective:
 def sigmoid_norm(beta: float = 0.1) -> Objective:
     """DPO with log-ratios per token: Lambert et al., Tulu 3, arXiv 2411.15124, eq. 6.
 
-    l(r(w,v) / |w| - r(l,v) / |l|)
+    l(r(w,v) / n(w) - r(l,v) / n(l))
     """
     return Objective("sigmoid_norm", (CHOSEN, REJECTED), (_text("mean_log_ratio"),), beta)
 
@@ -209,7 +209,7 @@ def discopop(beta: float = 0.05, discopop_tau: float = 0.05) -> Objective:
 def sft() -> Objective:
     """Supervised fine-tuning on the chosen response, as a part of a sum. It needs no reference.
 
-    -p(w,v) / |w|
+    -p(w,v) / n(w)
     """
     return Objective("sft", (CHOSEN,), (NegativeLogLikelihood(name="nll", leaf=0),))
 
@@ -217,7 +217,7 @@ def sft() -> Objective:
 def rpo(beta: float = 0.1, nll_weight: float = 1.0) -> Objective:
     """RPO: Pang et al., Iterative reasoning preference optimization, arXiv 2404.19733, eq. 1.
 
-    l(r(w,v) - r(l,v)) + nll_weight (-p(w,v) / |w|)
+    l(r(w,v) - r(l,v)) + nll_weight (-p(w,v) / n(w))
 
     nll_weight is the paper's alpha.
     """
@@ -234,7 +234,7 @@ def mpo(
     """MPO: Wang et al., arXiv 2411.10442, eq. 3. The default weights are those of InternVL's code.
 
     preference_weight l(r(w,v) - r(l,v)) + quality_weight [l(r(w,v) - d) + l(d - r(l,v))]
-    + nll_weight (-p(w,v) / |w|)
+    + nll_weight (-p(w,v) / n(w))
 
     d is that of `bco_pair`.
     """
@@ -246,7 +246,7 @@ def mpo(
 def simpo(beta: float = 2.0, gamma: float = 1.0) -> Objective:
     """SimPO: Meng et al., arXiv 2405.14734, eq. 6. It needs no reference.
 
-    l(beta p(w,v) / |w| - beta p(l,v) / |l| - gamma)
+    l(beta p(w,v) / n(w) - beta p(l,v) / n(l) - gamma)
 
     The authors start from beta 2 and gamma / beta 0.5. TRL's default is beta 0.1, gamma 0.5.
     """
@@ -257,7 +257,7 @@ def simpo(beta: float = 2.0, gamma: float = 1.0) -> Objective:
 def cpo(beta: float = 0.1, nll_weight: float = 1.0) -> Objective:
     """CPO: Xu et al., arXiv 2401.08417, eq. 5. It needs no reference.
 
-    l(beta p(w,v) - beta p(l,v)) + nll_weight (-p(w,v) / |w|)
+    l(beta p(w,v) - beta p(l,v)) + nll_weight (-p(w,v) / n(w))
 
     nll_weight is `cpo_alpha` of TRL.
     """
@@ -268,7 +268,7 @@ def cpo(beta: float = 0.1, nll_weight: float = 1.0) -> Objective:
 def orpo(beta: float = 0.1) -> Objective:
     """ORPO: Hong et al., arXiv 2403.07691, eq. 6. It needs no reference.
 
-    -p(w,v) / |w| + beta l(o(w) - o(l)), o(y) = p(y,v) / |y| - log(1 - exp(p(y,v) / |y|))
+    -p(w,v) / n(w) + beta l(o(w) - o(l)), o(y) = p(y,v) / n(y) - log(1 - exp(p(y,v) / n(y)))
 
     beta is the paper's lambda, as in TRL. TRL's first part also covers the prompt.
     """
@@ -294,8 +294,8 @@ def with_visual(link: Objective, visual_weight: float = 1.0) -> Objective:
     The repeated term has the chosen response under the retrieved image (VISUAL) in place of the
     rejected response. Over DPO's link this is `rdpo`. Over SimPO's it is
 
-    l(beta p(w,v) / |w| - beta p(l,v) / |l| - gamma)
-    + visual_weight l(beta p(w,v) / |w| - beta p(w,v') / |w| - gamma)
+    l(beta p(w,v) / n(w) - beta p(l,v) / n(l) - gamma)
+    + visual_weight l(beta p(w,v) / n(w) - beta p(w,v') / n(w) - gamma)
 
     Args:
         link: an objective of chosen and rejected responses under the image, such as `simpo()`.

@@ -29,9 +29,9 @@ def test_the_code_of_the_page_runs(monkeypatch):
     names: dict = {"__name__": "adding_an_objective"}
     for block in ("imports", "objective", "step", "check", "register"):
         exec(compile(BLOCKS[block], f"block {block}", "exec"), names)
-    assert objectives.get("apo_zero").name == "apo_zero"
+    assert objectives.get("simper").name == "simper"
     with pytest.raises(ValueError, match="sign of term 'x' must be finite"):
-        names["Saturating"](name="x", leaf=0, sign=float("nan"))
+        names["InversePerplexity"](name="x", leaf=0, sign=float("nan"))
 
 
 def test_an_objective_is_under_20_lines():

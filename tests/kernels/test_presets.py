@@ -1,8 +1,8 @@
 """Each preset against the formula of its paper, in 50-digit arithmetic.
 
-`s` holds one number of each leaf of an example, in the order of the preset's leaves: log pi - log
-pi_ref, or log pi where the formula has no reference. `n` holds the token counts. The formulas are
-written in these, as in the papers. Gradients are derivatives of the formulas.
+`s` holds one number of each leaf of an example, in the order of the preset's leaves. It is log pi -
+log pi_ref, or log pi where the formula has no reference. `n` holds the token counts. The formulas
+are written in these, as in the papers. Gradients are derivatives of the formulas.
 """
 
 import mpmath
