@@ -22,6 +22,7 @@ from runs import arguments, run
 from text_only_ranks import run_all
 from tiny_vlms import make
 
+from realign.config import LossConfig
 from realign.data.errors import RecordError
 from realign.data.record_table import table_of
 from realign.data.records import Record, read_pairs, write_pairs
@@ -202,7 +203,7 @@ def test_only_records_without_an_image(monkeypatch):
     assert len(store) == 0 and store.first() is None and store.spare is None
     with pytest.raises(RecordError, match="'text 0': it has no image, and neither .* of 2 records"):
         table_and_examples("llava", records, OBJECTIVE, print)
-    loss = type("Loss", (), {"objective": "mdpo", "beta": 0.1, "visual_weight": 1.0})
+    loss = LossConfig(objective="mdpo")
     assert make_objective(loss, table_of(records)).name == "mdpo"
 
 
@@ -210,7 +211,7 @@ def test_visual_negatives_are_counted_in_records_with_an_image():
     first, text = made("llava")[1][0], mixed("llava")[1]
     several = replace(first, retrieved_images=first.retrieved_images * 2)
     names = [n for n in objectives.PRESETS if "negatives" in objectives.settings(n)]
-    loss = type("Loss", (), {"objective": names[0], "beta": 0.1, "visual_weight": 1.0})
+    loss = LossConfig(objective=names[0])
     assert make_objective(loss, table_of([text, several])).leaves
     with pytest.raises(RecordError, match=f"{first.name!r}: it has 1 visual negative"):
         make_objective(loss, table_of([text, first]))
