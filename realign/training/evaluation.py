@@ -186,7 +186,10 @@ def choose_weights(run: Run) -> int:
         CheckpointError: when that checkpoint is missing or damaged.
     """
     best = run.state.get(_STATE, {}).get("best_step", 0)
-    if not run.config.eval.exports_best or best in (0, run.done):
+    if not run.config.eval.exports_best or best == run.done:
+        return run.done
+    if not best:
+        distributed.log_rank0("no evaluation was finite; the last weights are exported")
         return run.done
     try:
         run.checkpoints.check(best)

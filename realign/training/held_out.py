@@ -32,12 +32,12 @@ class Source(NamedTuple):
     Attributes:
         open: opens the pairs of a path, image folder and split.
         objective: the objective for a table.
-        encode: encodes a table, for an objective and a function that prints lines.
+        encode: encodes a table, with the arguments `objective` and `log` of `encode_table`.
     """
 
     open: Callable[[str, str | None, str | None], RecordTable]
     objective: Callable[[RecordTable], Objective]
-    encode: Callable[[RecordTable, Objective, Callable[[str], None]], Examples]
+    encode: Callable[..., Examples]
 
 
 def add(
@@ -83,7 +83,7 @@ def add(
             config.eval_pairs, config.eval_image_folder or image_folder, config.eval_split
         )
         _check_objective(objective, source.objective(other))
-        added = source.encode(other, objective, _of_evaluation)
+        added = source.encode(other, objective=objective, log=_of_evaluation)
     except RecordError as error:  # both files may have a record of that name
         error.args = (f"--eval-pairs {config.eval_pairs}: {error}",)
         raise
