@@ -323,7 +323,7 @@ class RunConfig:
     save_every: int = 50
     """Steps between checkpoints. 0 saves only at the end."""
     keep: int = 2
-    """Number of checkpoints to keep. Older ones are deleted."""
+    """Number of checkpoints to keep. Older ones are deleted, except for the best evaluation's."""
     resume: bool = False
     """Resume from the newest intact checkpoint in the output folder."""
     merge: bool = False

@@ -16,8 +16,10 @@ from scipy.sparse.csgraph import connected_components
 
 from realign.data.record_table import RecordTable
 
-_STREAM = 0x5E7  # random numbers of the split, apart from those of the order of the examples
-_FACTOR = 2  # between the share that is given and the share that groups allow
+_STREAM = 0x5E7
+"""Added to the seed, since the order of the examples draws from the same seed."""
+_FACTOR = 2
+"""Largest ratio of the given share and the share that groups allow, either way round."""
 
 
 def contents(

@@ -1,11 +1,9 @@
 """Evaluation of held-out records during a run: its pass, the best checkpoint, early stopping.
 
-    step 0                 evaluate: the baseline, which is no candidate for the best
-    every --eval-every     evaluate, and compare with the best so far
-    last step, early stop  load the best checkpoint, if the settings ask for it
-
-A run that resumes continues from `Run.state`. A checkpoint may be older than the evaluation of its
-step. The evaluation is then read from the log, or repeated.
+The evaluation of step 0 is the baseline. Later ones are compared with the best so far, whose
+checkpoint is kept. A step of --save-every is saved first, so a kill during its evaluation loses no
+step. Its checkpoint is then older than its evaluation. A run that resumes from it reads the
+evaluation from the log, or repeats it.
 """
 
 from __future__ import annotations
@@ -42,9 +40,9 @@ class Evaluations:
         trackers: receive the metrics.
 
     Attributes:
-        state: numbers that checkpoints keep. `step` is the last step that was evaluated, `best` the
-            best value of `--best-metric`, `best_step` its step, `since_best` the number of later
-            evaluations, and `baseline` the value before the first step.
+        state: numbers that checkpoints keep. `step` is the last step that was evaluated. `best` is
+            the best value of `--best-metric`, at `best_step`. `since_best` counts the evaluations
+            after it. `baseline` is the value before the first step.
     """
 
     def __init__(self, run: Run, feed: Callable[..., Any], trackers: Trackers) -> None:

@@ -67,8 +67,10 @@ def add(
     Raises:
         ValueError: for unusable records, none at all, or an impossible split.
     """
+    if not config.given:
+        return examples, _NONE
     rows = _rows(examples)
-    if config.eval_share:
+    if config.eval_pairs is None:
         held_out = np.flatnonzero(split.held_out(table, rows, config.eval_share, seed))
         share = len(held_out) / len(rows)
         distributed.log_rank0(
@@ -76,8 +78,6 @@ def add(
             "is in the others"
         )
         return examples, held_out
-    if config.eval_pairs is None:
-        return examples, _NONE
     try:
         other = source.open(
             config.eval_pairs, config.eval_image_folder or image_folder, config.eval_split

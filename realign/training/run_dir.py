@@ -23,8 +23,8 @@ _FREE = {
     "row_tokens", "micro_batch_size", "model", "pairs", "split", "image_folder", "workers",
     "recipe", "eval_pairs", "eval_split", "eval_image_folder", "early_stopping", "load_best",
 }  # fmt: skip
-"""Settings that --resume may change: without effect beyond rounding, paths with a digest, a recipe,
-whose values are compared, and the use of the best checkpoint."""
+"""Settings that --resume may change. They have no effect beyond rounding, are paths with a digest,
+or use the best checkpoint. The values of a recipe are compared."""
 
 
 @contextmanager

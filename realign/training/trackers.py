@@ -128,7 +128,8 @@ class WandbLog(Tracker):
     """A Weights & Biases run, whose id is kept in the output folder.
 
     `WANDB_MODE=offline` needs no network, and `wandb sync` uploads the run later. W&B keeps the
-    first values of a step. A repeated step gives the same values.
+    first values of a step. A repeated step gives the same values. W&B drops values for the last
+    step of the earlier run, so an evaluation that was left to this run is logged one step later.
     """
 
     def __init__(self, project: str, output: Path, config: dict[str, Any], done: int) -> None:
@@ -150,9 +151,10 @@ class WandbLog(Tracker):
                 f"--wandb {project}: {error}. Log in with `wandb login`, or set WANDB_MODE=offline."
             ) from error
         write_whole(id_file, self._run.id + "\n")
+        self._first = done + 1 if run_id else 0
 
     def write(self, entry: dict[str, Any]) -> None:
-        self._run.log(dict(_scalars(entry)), step=entry["step"])
+        self._run.log(dict(_scalars(entry)), step=max(entry["step"], self._first))
 
     def __exit__(self, kind, *_) -> None:
         self._run.finish(exit_code=0 if kind is None else 1)

@@ -487,7 +487,7 @@ def test_unusable_held_out_pairs_are_an_error_before_any_work(files, tmp_path, c
          "of loss, loss/text, loss/visual, rewards/accuracies, rewards/margins, rewards/visual_a"),
         (("--best-metric", "accuracy"), "--best-metric is 'accuracy'; it must be one of loss, lo"),
         (("--early-stopping", 3, "--eval-every", 2), "--early-stopping 3 would have no effect: th"
-         "e run has 3 evaluation(s), and 5 are needed. Leave it out, or lower --eval-every, whic"),
+         "e run has 3 evaluation(s), and 5 are needed. Leave it out, or lower --eval-every,"),
     ):  # fmt: skip
         assert message in refused(
             files, tmp_path, capsys, "--eval-pairs", files[1], *more, run=len(more) > 2
