@@ -129,11 +129,11 @@ def export(run: Run) -> Path:
             settings_of(config),
             base=inputs.base,
             adapter=run.adapter is not None and not config.run.merge,
-            records=len(inputs.trained),
-            images=inputs.trained_images,
+            records=len(inputs.training),
+            images=inputs.training_images,
             digests={"base weights": run.digests["base"], "records": run.digests["pairs"]},
-            last=next(entry for entry in entries if not is_evaluation(entry)),
-            held_out=held_out_facts(run, entries),
+            last=next((entry for entry in entries if not is_evaluation(entry)), {}),
+            held_out=held_out_facts(run, step, entries),
         )
 
     export_trained(

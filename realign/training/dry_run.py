@@ -169,8 +169,8 @@ class Plan:
         self.cost = cost_of(self.model, self.per_image_token)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.learning = sum(p.numel() for p in self.trained)
-        self.trained_records, self.held_out = inputs.trained, inputs.held_out
-        self.trained_images = inputs.trained_images
+        self.trained_records, self.held_out = inputs.training, inputs.held_out
+        self.trained_images = inputs.training_images
         self.total = total_steps(len(self.trained_records), config.optim)
         held_out.check(config, self.objective, self.total)
         self.layouts = self._layouts()

@@ -71,7 +71,7 @@ class Evaluations:
         if step:
             means["since_best"] = self.state["since_best"]
         means["seconds"] = time.perf_counter() - began
-        epoch = step * self._run.config.optim.batch_size / len(self._run.inputs.trained)
+        epoch = step * self._run.config.optim.batch_size / len(self._run.inputs.training)
         entry = {f"{EVALUATION}{name}": value for name, value in means.items()}
         self._trackers.write({"step": step, "epoch": epoch, **entry})
         return improved
@@ -201,12 +201,13 @@ def choose_weights(run: Run) -> int:
     return best
 
 
-def held_out_facts(run: Run, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def held_out_facts(run: Run, step: int, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Facts for the model card: held-out records, their metrics, and the choice of the step.
 
     Args:
         run: the run.
-        entries: entries of the log of the step whose weights are exported.
+        step: step whose weights are exported.
+        entries: entries of the log of that step.
     """
     if not len(run.inputs.held_out):
         return {}
@@ -214,6 +215,7 @@ def held_out_facts(run: Run, entries: Sequence[dict[str, Any]]) -> dict[str, Any
     return {
         "records": len(run.inputs.held_out),
         "digest": run.digests["held_out_pairs"],
+        "step": step,
         "chosen_by": f"{EVALUATION}{run.config.eval.best_metric}" * run.config.eval.exports_best,
         "metrics": {name.removeprefix(EVALUATION): value for name, value in entry.items()},
     }

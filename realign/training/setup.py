@@ -53,28 +53,28 @@ class Inputs:
     held_out: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # indices
 
     @cached_property
-    def trained(self) -> np.ndarray:
+    def training(self) -> np.ndarray:
         """Indices of the examples to train on."""
         return np.setdiff1d(np.arange(len(self.examples)), self.held_out)
 
     def digests(self) -> dict[str, str]:
         """Digests of the pairs and of the held-out pairs; "" if there are none."""
-        parts = {"pairs": self.trained, "held_out_pairs": self.held_out}
+        parts = {"pairs": self.training, "held_out_pairs": self.held_out}
         return {n: digest_of(self.examples, part) if len(part) else "" for n, part in parts.items()}
 
     @property
-    def trained_images(self) -> int:
+    def training_images(self) -> int:
         """Number of distinct images of the examples to train on."""
         parts = [chunk.images for chunk in self.examples.chunks]
         counts = np.concatenate([np.diff(part.offsets.to_numpy()) for part in parts])
         owners = np.repeat(np.arange(len(self.examples)), counts)
         keys = np.concatenate([key_array(part.values.field("key")) for part in parts])
-        return len(np.unique(keys[np.isin(owners, self.trained)].view("S16")))
+        return len(np.unique(keys[np.isin(owners, self.training)].view("S16")))
 
     @cached_property
     def text_only(self) -> bool:
         """Whether any example to train on has no image."""
-        return not self.examples.image_tokens[self.trained].any(axis=1).all()
+        return not self.examples.image_tokens[self.training].any(axis=1).all()
 
 
 def load_inputs(
@@ -225,7 +225,7 @@ class Run:
     @property
     def total(self) -> int:
         """Steps of the whole run."""
-        return total_steps(len(self.inputs.trained), self.config.optim)
+        return total_steps(len(self.inputs.training), self.config.optim)
 
 
 def set_up(
@@ -255,7 +255,7 @@ def set_up(
     local = rank_slice(config.optim.batch_size, rank, distributed.world_size())
     meta = rank > 0  # weights come from rank 0
     inputs = training_inputs(config, pairs, attention, meta=meta, progress=progress)
-    model, total = inputs.model, total_steps(len(inputs.trained), config.optim)
+    model, total = inputs.model, total_steps(len(inputs.training), config.optim)
     held_out.check(config, inputs.objective, total)
     fingerprint = shared_fingerprint(inputs, device, config.scale.kernels, settings.quantize)
     digests = {"base": fingerprint["weights"]} | inputs.digests()
@@ -358,7 +358,7 @@ def restore(run: Run) -> None:
         f"{recipe}"
     )
     distributed.log_rank0(
-        f"{inputs.objective.name}: {len(inputs.trained):,} records, {inputs.trained_images:,} "
+        f"{inputs.objective.name}: {len(inputs.training):,} records, {inputs.training_images:,} "
         f"distinct images, {trained:,} trained parameters, {run.total:,} steps of "
         f"{config.optim.batch_size} records on {distributed.world_size()} rank(s), in "
         f"{config.model.dtype}"

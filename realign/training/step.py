@@ -135,7 +135,7 @@ def train_steps(
     config, optim, inputs, total = run.config, run.config.optim, run.inputs, run.total
     row_tokens, attention = config.data.row_tokens, inputs.model.attention
     feed = Feed(inputs.examples, references, inputs.store, attention, row_tokens, run.device)
-    trained = inputs.trained
+    trained = inputs.training
     order = partial(
         batches, len(trained), optim.batch_size, config.run.seed, first=run.done, last=total
     )

@@ -150,11 +150,17 @@ def test_training_is_the_same_with_an_evaluation(files, tmp_path):
 
 
 def runs_of_a_rank(common, folder):
-    """Three runs as one rank: with seven held-out records, with one, and with a share."""
+    """Four runs as one rank: with seven held-out records, one, a share, and a given best step."""
     distributed.stop = lambda: None  # one process group for all
     for name, (pairs, *more) in common.items():
         words = arguments(pairs, Path(folder) / name, *more, "--micro-batch-size", 2, steps=2)
-        run_command("realign.train", [*words, "--fsdp"])
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "best":
+                scripted(patch, BEST_IS_1)
+            run_command("realign.train", [*words, "--fsdp"])
+
+
+BEST_IS_1 = [0.9, 0.1, 0.5]
 
 
 def test_two_ranks_have_the_figures_of_one(files, pairs_file, tmp_path, capsys):
@@ -166,10 +172,14 @@ def test_two_ranks_have_the_figures_of_one(files, pairs_file, tmp_path, capsys):
         "seven": (trained, "--eval-pairs", held, *every),
         "one": (trained, "--eval-pairs", single, *every),
         "share": (pairs_file, "--eval-share", 0.3, *every),
+        "best": (trained, "--eval-pairs", held, *every, "--load-best"),
     }
     shown = run_ranks(runs_of_a_rank, 2, str(tmp_path / "log"), settings, str(tmp_path))
     for name, (pairs, *more) in settings.items():
-        run(pairs, tmp_path / "truth" / name, *more, "--micro-batch-size", 3, steps=2)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "best":
+                scripted(patch, BEST_IS_1)
+            run(pairs, tmp_path / "truth" / name, *more, "--micro-batch-size", 3, steps=2)
         found, truth = split_log(tmp_path / name)[0], split_log(tmp_path / "truth" / name)[0]
         assert [e["step"] for e in found] == [e["step"] for e in truth] == [0, 1, 2]
         for ours, theirs in zip(found, truth, strict=True):
