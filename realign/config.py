@@ -29,6 +29,7 @@ HEADINGS = {
     "objective": "Loss",
     "learning_rate": "Optimizer",
     "fsdp": "Scaling",
+    "eval_pairs": "Evaluation",
     "output": "Run",
     "log_every": "Logging",
 }
@@ -56,6 +57,11 @@ METAVARS = {
     "image_folder": "FOLDER",
     "workers": "N",
     "split": "NAME",
+    "eval_pairs": "PATH",
+    "eval_split": "NAME",
+    "eval_image_folder": "FOLDER",
+    "eval_share": "SHARE",
+    "best_metric": "NAME",
     "output": "FOLDER",
     "reference_cache": "FOLDER",
     "wandb": "PROJECT",
@@ -329,6 +335,62 @@ class ScaleConfig:
 
 
 @dataclass
+class EvalConfig:
+    eval_pairs: str | None = None
+    """File or folder of held-out pairs, or the name of a data set on the Hub, as --pairs. They are
+    evaluated and not trained on."""
+    eval_split: str | None = None
+    """Split of --eval-pairs, if it has several."""
+    eval_image_folder: str | None = None
+    """Folder of the images of --eval-pairs, as --image-folder. Without it, --image-folder, or the
+    folder of --eval-pairs."""
+    eval_share: float = 0.0
+    """Share of the pairs to hold out, instead of --eval-pairs. No image is on both sides, so the
+    share is approximate. 0 holds out none."""
+    eval_every: int = 0
+    """Steps between evaluations. Further ones are before the first step and after the last. 0
+    evaluates at the steps of --save-every."""
+    best_metric: str = "loss"
+    """Metric of the held-out pairs that chooses the best checkpoint, which is kept: loss,
+    rewards/accuracies, rewards/margins, or another loss, accuracy or margin of metrics.jsonl."""
+    early_stopping: int = 0
+    """Stop after this number of evaluations in a row without a new best. 0 never stops."""
+    load_best: bool | None = None
+    """Export the weights of the best checkpoint instead of the last. By default, only with
+    --early-stopping."""
+
+    def __post_init__(self) -> None:
+        for name in ("eval_share", "eval_every", "early_stopping"):
+            _not_negative(name, getattr(self, name))
+        if self.eval_share >= 1:
+            raise ValueError(
+                f"eval_share is {self.eval_share:g}; it is a share of the pairs, below 1."
+            )
+        if self.eval_pairs is None:
+            for name in ("eval_split", "eval_image_folder"):
+                if getattr(self, name) is not None:
+                    _no_effect(name, "there are no other pairs", "add --eval-pairs")
+        elif self.eval_share:
+            raise ValueError(
+                "--eval-pairs and --eval-share both give held-out pairs. Leave out one of them."
+            )
+        if not self.given:
+            for name in ("eval_every", "best_metric", "early_stopping", "load_best"):
+                if getattr(self, name) != EvalConfig.__dataclass_fields__[name].default:
+                    _no_effect(name, "no pairs are held out", "add --eval-pairs or --eval-share")
+
+    @property
+    def given(self) -> bool:
+        """Whether there are held-out pairs."""
+        return self.eval_pairs is not None or self.eval_share > 0
+
+    @property
+    def exports_best(self) -> bool:
+        """Whether the final model has the weights of the best checkpoint."""
+        return self.early_stopping > 0 if self.load_best is None else self.load_best
+
+
+@dataclass
 class RunConfig:
     output: str = "runs/rdpo"
     """Output folder for metrics, checkpoints and the final model."""
@@ -343,7 +405,7 @@ class RunConfig:
     save_every: int = 50
     """Steps between checkpoints. 0 saves only at the end."""
     keep: int = 2
-    """Number of checkpoints to keep. Older ones are deleted."""
+    """Number of checkpoints to keep. Older ones are deleted, except for the best evaluation's."""
     resume: bool = False
     """Resume from the newest intact checkpoint in the output folder."""
     merge: bool = False
@@ -379,6 +441,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

@@ -24,7 +24,9 @@ from realign.terminal import show
 from realign.third_party import silence_third_party
 from realign.training import dry_run, fsdp
 from realign.training.checkpoint import Checkpoints
+from realign.training.evaluation import choose_weights, held_out_facts
 from realign.training.export import export_trained
+from realign.training.metrics import is_evaluation
 from realign.training.model_card import model_card, settings_of
 from realign.training.run_dir import check_outputs, sole_writer, steps_done
 from realign.training.setup import Run, reference_pass, restore, set_up
@@ -111,20 +113,27 @@ def prepare_pairs(config: TrainConfig) -> Path:
 
 
 def export(run: Run) -> Path:
-    """Write the final model with its card. Returns its folder."""
+    """Write the final model with its card. Returns its folder.
+
+    Raises:
+        CheckpointError: when the best checkpoint should be exported, and is damaged.
+    """
     config, inputs, output = run.config, run.inputs, Path(run.config.run.output)
     folder, log = output / "model", output / "metrics.jsonl"
+    step = choose_weights(run)
 
     def card() -> str:
+        entries = [entry for entry in read_jsonl(log) if entry["step"] == step]
         return model_card(
             config.loss.objective,
             settings_of(config),
             base=inputs.base,
             adapter=run.adapter is not None and not config.run.merge,
-            records=len(inputs.examples),
-            images=len(inputs.store),
+            records=len(inputs.training),
+            images=inputs.training_images,
             digests={"base weights": run.digests["base"], "records": run.digests["pairs"]},
-            last=read_jsonl(log)[-1],
+            last=next((entry for entry in entries if not is_evaluation(entry)), {}),
+            held_out=held_out_facts(run, step, entries),
         )
 
     export_trained(

@@ -193,6 +193,17 @@ class RecordTable(Sequence[Row]):
         parts = [np.diff(chunk.offsets.to_numpy()) for chunk in self._table[column].chunks]
         return np.concatenate([*parts, np.zeros(0)]).astype(np.int64)
 
+    def image_keys(self, column: str) -> np.ndarray:
+        """Digests of the images of a column, in the order of the records, (images,) S16."""
+        parts = [chunk.flatten().field("key") for chunk in self._table[column].chunks]
+        views = [np.frombuffer(p.buffers()[1], "S16", len(p), 16 * p.offset) for p in parts]
+        return np.concatenate([*views, np.zeros(0, "S16")])
+
+    def prompts(self, rows: np.ndarray) -> list[str]:
+        """The prompts of records as JSON."""
+        texts = self._table["texts"].take(pa.array(rows, pa.int64())).to_pylist()
+        return [json.dumps(json.loads(text)[0]) for text in texts]
+
     def image(self, facts: ImageFacts) -> StoredImage:
         """The encoded image.
 

@@ -153,9 +153,13 @@ def _logits_are_rounded(dtype: torch.dtype, device: torch.device) -> bool:
     return bool((logps.cpu().double() - exact).abs().max() > 1e-3)  # exact: 1e-5, rounded: 6e-2
 
 
-def digest_of(examples: Sequence[Example]) -> str:
-    """128-bit digest of a data set's leaves, in order."""
-    return hashlib.blake2b(leaves_of(examples).keys.tobytes(), digest_size=16).hexdigest()
+def digest_of(
+    examples: Sequence[Example],
+    chosen: np.ndarray | slice = slice(None),  # (chosen,) indices of examples
+) -> str:
+    """128-bit digest of the leaves of a data set, or of chosen examples, in order."""
+    keys = leaves_of(examples).keys.reshape(len(examples), -1)[chosen]
+    return hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()
 
 
 def fill(

@@ -3,9 +3,11 @@
 The name of a checkpoint holds the step. The order of the data, the learning rate and the random
 numbers follow from settings and step, so they are not saved. A checkpoint is written between two
 steps, so it holds no partial gradient. Every rank writes its shards through
-torch.distributed.checkpoint, and any number of ranks can read them.
+torch.distributed.checkpoint, and any number of ranks can read them. Numbers that do not follow from
+the step, such as the best evaluation so far, are the run's state.
 
     checkpoints/step-000050/manifest.json                    size and digest of every file
+                            state.json                       the state of the run
                             shard-00001-model-....safetensors   one for each rank
 
 Tensors are stored as safetensors and metadata as JSON. Nothing is unpickled, so a malicious file
@@ -21,6 +23,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -46,7 +49,7 @@ from realign.distributed import CommonError, broadcast_from_rank0, rank
 from realign.files import read_json
 from realign.terminal import show
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _STATE = "manifest.json", "state.json"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
 
 
@@ -62,11 +65,15 @@ class Checkpoints:
     Args:
         folder: folder of the checkpoints. Several machines need a shared file system.
         keep: number of checkpoints to keep; older ones are deleted.
+
+    Attributes:
+        best: step of a checkpoint to keep besides the newest; 0 for none.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self.best = 0
         self._pending: Future | None = None
         # The writer thread communicates with other ranks, so it needs its own process group.
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -102,6 +109,7 @@ class Checkpoints:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        state: Mapping[str, Any] | None = None,
         wait: bool = False,
     ) -> None:
         """Copy a checkpoint to CPU memory, and write it from there while training continues.
@@ -114,13 +122,15 @@ class Checkpoints:
             step: the step just finished.
             model: its trained parameters are saved.
             optimizer: its state is saved.
+            state: numbers of the run that `load` returns, as JSON. Those of rank 0 are saved.
             wait: return only when the checkpoint is on the disk.
 
         Raises:
             CheckpointError: with `wait`, when the checkpoint could not be written.
         """
         self._settle()
-        writer = _Writer(self.folder, step, self.keep)
+        # The text is made here, since the run changes its state while the thread writes.
+        writer = _Writer(self.folder, step, self.keep, self.best, json.dumps(state or {}))
         model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
         pending = async_save(
             _tensors(model_state, optimizer_state),
@@ -137,8 +147,26 @@ class Checkpoints:
                 f"{self._newest_kept()} Free some space, and continue with --resume."
             )
 
-    def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def check(self, step: int) -> None:
+        """Check that the checkpoint of a step is intact. Rank 0 compares its files.
+
+        Raises:
+            CheckpointError: when it is missing or damaged.
+        """
+
+        def damage() -> str:
+            return _damage(self.folder / _name(step))
+
+        if problem := broadcast_from_rank0(damage):
+            raise CheckpointError(f"{self.folder / _name(step)} cannot be loaded: {problem}.")
+
+    def load(
+        self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
         """Restore the checkpoint of a step in place. Any number of ranks may have written it.
+
+        Returns:
+            The state that was saved; empty for checkpoints of versions without it.
 
         Raises:
             CheckpointError: when the checkpoint cannot be read.
@@ -181,6 +209,7 @@ class Checkpoints:
         )
         for parameter in stateless.values():
             optimizer.state.pop(parameter, None)
+        return read_json(path / _STATE) if (path / _STATE).exists() else {}
 
     def _settle(self) -> str:
         """Wait for the pending checkpoint. Returns why it could not be written, or ""."""
@@ -234,9 +263,13 @@ class Checkpoints:
 class _Writer(HuggingFaceStorageWriter):
     """Writes one safetensors file per rank. Rank 0 renames the folder when all are written."""
 
-    def __init__(self, folder: Path, step: int, keep: int) -> None:
+    def __init__(
+        self, folder: Path, step: int, keep: int, best: int = 0, state: str = "{}"
+    ) -> None:
         self.step = step
         self.keep = keep
+        self.best = best
+        self.state = state
         self.target = folder / _name(step)
         super().__init__(str(folder / f".{self.target.name}.partial"), save_distributed=True)
 
@@ -263,18 +296,17 @@ class _Writer(HuggingFaceStorageWriter):
                 f"rank 0 does not see {absent[0]} of another rank; --output must be on a file "
                 "system that all machines share"
             )
+        _write_synced(partial / _STATE, self.state)
+        files[_STATE] = _digest(partial / _STATE)
         manifest = json.dumps({"step": self.step, "files": files}, indent=2)
-        with (partial / _MANIFEST).open("w") as file:
-            file.write(manifest + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(partial / _MANIFEST, manifest)
         _sync(partial)
         shutil.rmtree(self.target, ignore_errors=True)
         partial.rename(self.target)
         _sync(folder)
-        stale = [*_steps(folder)[: -self.keep], *folder.glob(".step-*.partial")]
-        for old in stale:
-            shutil.rmtree(old, ignore_errors=True)
+        old = [path for path in _steps(folder)[: -self.keep] if _step(path) != self.best]
+        for path in [*old, *folder.glob(".step-*.partial")]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _tensors(model_state: dict, optimizer_state: dict) -> dict[str, torch.Tensor]:
@@ -308,7 +340,7 @@ def _damage(path: Path) -> str:
     """A short description of a checkpoint's damage, "" if it is intact."""
     try:
         files = read_json(path / _MANIFEST)["files"]
-        present = {file.name for file in path.glob("*.safetensors")}
+        present = {p.name for p in path.iterdir() if p.match("*.safetensors") or p.name == _STATE}
         if not files:
             return f"{_MANIFEST} lists no files"
         if absent := sorted(files.keys() - present):
@@ -342,6 +374,13 @@ def _problem(done: Future) -> str:
                 raise error from failed
         return str(errors[0])
     return ""
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

@@ -27,7 +27,7 @@ from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
 from realign.modeling.loading import DTYPES, add_lora, load_model
 from realign.modeling.model import ForestModel
-from realign.training import fsdp, memory
+from realign.training import fsdp, held_out, memory
 from realign.training.checkpoint import Checkpoints
 from realign.training.export import stored_dtype
 from realign.training.run_dir import base_of, check_settings, steps_done
@@ -60,7 +60,7 @@ def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> s
         pairs = prepare_pairs(config if pairs_of_run.exists() else scratch_config)
         config, reason = with_checkpointing(config, pairs)
         plan = Plan(config, pairs)
-        rows = plan.model_rows() | plan.forest() | {"steps": plan.schedule()}
+        rows = plan.model_rows() | plan.forest() | {"steps": plan.schedule()} | plan.evaluation()
         rows |= {"checkpointing": reason} if reason else {}
         rows |= plan.memory(imports) | {"time": plan.duration(), "disk": plan.disk()}
     width = max(map(len, rows))
@@ -169,7 +169,10 @@ class Plan:
         self.cost = cost_of(self.model, self.per_image_token)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.learning = sum(p.numel() for p in self.trained)
-        self.total = total_steps(len(self.examples), config.optim)
+        self.trained_records, self.held_out = inputs.training, inputs.held_out
+        self.trained_images = inputs.training_images
+        self.total = total_steps(len(self.trained_records), config.optim)
+        held_out.check(config, self.objective, self.total)
         self.layouts = self._layouts()
 
     def _per_image_token(self) -> float:
@@ -188,11 +191,13 @@ class Plan:
     def _parts(self) -> list[np.ndarray]:
         """Example indices of the first forwards of rank 0."""
         optim, parts = self.config.optim, []
+        trained = self.trained_records
         steps = batches(
-            len(self.examples), optim.batch_size, self.config.run.seed, first=0, last=self.total
+            len(trained), optim.batch_size, self.config.run.seed, first=0, last=self.total
         )
-        for _, batch in steps:
-            parts += [part for part, _ in micro_batches(batch[self.local], optim.micro_batch_size)]
+        for _, places in steps:
+            batch = trained[places][self.local]
+            parts += [part for part, _ in micro_batches(batch, optim.micro_batch_size)]
             if len(parts) >= self.sampled:
                 break
         return parts
@@ -250,7 +255,7 @@ class Plan:
         cells = np.mean([layout.rows * layout.columns for layout in self.layouts])
         cached, folder = self._cached_leaves(leaves)
         return {
-            "records": f"{len(self.examples):,}, {len(self.store):,} distinct images",
+            "records": f"{len(self.trained_records):,}, {self.trained_images:,} distinct images",
             "tokens": f"{images:.0f} of images and {prompt:.0f} of text in a prompt, "
             f"{leaves.lengths.mean():.0f} in a response (mean, {leaves.lengths.max()} at most); "
             f"longest tree {longest:,}",
@@ -274,10 +279,35 @@ class Plan:
                 most, where = count, f" in {folder} if its weights are the same"
         return most, where
 
+    @property
+    def evaluations(self) -> int:
+        """Number of evaluations that remain, with that before the first step."""
+        if not len(self.held_out):
+            return 0
+        steps = range(self.done, self.total + 1)
+        return sum(held_out.is_due(self.config, step, self.total) for step in steps)
+
+    def evaluation(self) -> dict[str, str]:
+        """A row for held-out records and evaluations, if there are any."""
+        count, config = len(self.held_out), self.config
+        if not count:
+            return {}
+        every, patience = held_out.interval(config), config.eval.early_stopping
+        share = count / len(self.examples)
+        forwards = -(-count // (self.ranks * config.optim.micro_batch_size))
+        when = f", every {every:,} steps" * bool(every)
+        stop = f", stops after {patience} without a new best" * bool(patience)
+        exported = "best" if config.eval.exports_best else "last"
+        return {
+            "evaluation": f"{count:,} held-out records, {share:.1%} of all; {self.evaluations:,} "
+            f"evaluations of {forwards:,} forward(s){when}, by {config.eval.best_metric}{stop}; "
+            f"the {exported} weights are exported"
+        }
+
     def schedule(self) -> str:
         """Number of steps, and their division among ranks and forwards."""
         optim = self.config.optim
-        epochs = self.total * optim.batch_size / len(self.examples)
+        epochs = self.total * optim.batch_size / len(self.trained_records)
         resumed = f", {self.done:,} of them done" if self.done else ""
         return (
             f"{self.total:,} of {optim.batch_size} examples, {epochs:.2f} epochs{resumed}; "
@@ -335,8 +365,10 @@ class Plan:
         reference_pass = forward / size * len(self.examples) / machine
         seconds = step / machine
         remaining = seconds * (self.total - self.done)
+        held = forward / size * len(self.held_out) * self.evaluations / machine
+        evaluating = f", {_clock(held)} for evaluations" * bool(self.evaluations)
         return (
-            f"at least {_clock(remaining)} for steps of {seconds:.2g} s, and up to "
+            f"at least {_clock(remaining)} for steps of {seconds:.2g} s{evaluating}, and up to "
             f"{_clock(reference_pass)} for references. A step is {step / 1e12:,.3g} TFLOP, at "
             f"{machine / 1e12:,.3g} TFLOP/s measured for matrix products"
         )
@@ -346,12 +378,14 @@ class Plan:
         writes_model = not self.lora or self.config.run.merge
         stored = stored_dtype(self.base).itemsize if self.lora else 4
         final = self.parameters * stored if writes_model else self.learning * 4
+        best = ", one is the best" * bool(len(self.held_out))
+        kept = self.config.run.keep + 1 + bool(best)
         place = Path(self.config.run.output).absolute()
         while not place.exists():
             place = place.parent
         return (
-            f"{self.config.run.keep + 1} checkpoints of {_gib(12 * self.learning)} (one is being "
-            f"written), final model {_gib(final)}; {_gib(shutil.disk_usage(place).free)} free"
+            f"{kept} checkpoints of {_gib(12 * self.learning)} (one is being written{best}), "
+            f"final model {_gib(final)}; {_gib(shutil.disk_usage(place).free)} free"
         )
 
 

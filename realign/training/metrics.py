@@ -9,7 +9,7 @@
 rDPO has `rewards/accuracies`, `rewards/margins`, `rewards/visual_accuracies` and
 `rewards/visual_margins`. Its `rewards/` and `logps/` end with `chosen`, `rejected` and `visual`.
 Leaves without such a name are called `{response}_under_{image}`. `step.py` adds `grad_norm` and
-`learning_rate`.
+`learning_rate`. Metrics of held-out records begin with `eval/`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 
 from realign_kernels import Leaf, Objective, PreferenceOutput
 
+EVALUATION = "eval/"
+"""Prefix of the metrics of held-out records."""
 _NAMES = {("chosen", "image"): "chosen", ("rejected", "image"): "rejected"}
 
 
@@ -73,6 +75,11 @@ def shifted_mean(metrics: Mapping[str, float], objective: Objective) -> float:
     return sum(rewards) / len(rewards)
 
 
+def is_evaluation(entry: dict[str, Any]) -> bool:
+    """Whether an entry of the log is of held-out records instead of a step."""
+    return f"{EVALUATION}loss" in entry
+
+
 def legend(entry: dict[str, Any]) -> str:
     """The lines above the lines of the steps, which explain their columns."""
     visual = "rewards/visual_margins" in entry
@@ -89,14 +96,28 @@ def step_line(entry: dict[str, Any], total: int) -> str:
 
     `margin` and `acc` are of the text side, then of the visual side where there is one.
     """
-    width = len(str(total))
-    parts = [f"step {entry['step']:{width}}/{total}", f"loss {entry['loss']:6.3f}"]
-    for title, name, form in (("margin", "margins", "+7.3f"), ("acc", "accuracies", ".2f")):
-        sides = [entry.get(f"rewards/{side}{name}") for side in ("", "visual_")]
-        shown = " ".join(f"{value:{form}}" for value in sides if value is not None)
-        parts += [f"{title} {shown}"] if shown else []
+    parts = _figures(entry, "step", total)
     parts += [f"grad {entry['grad_norm']:.1e}", f"lr {entry['learning_rate']:.1e}"]
     parts += [f"{entry['tokens_per_second']:7,.0f} tok/s"]
     parts += [f"mfu {entry['mfu']:3.0%}"] if "mfu" in entry else []
     parts += [f"{entry['peak_memory_gib']:4.1f} GiB"]
     return "  ".join(parts)
+
+
+def evaluation_line(entry: dict[str, Any], total: int) -> str:
+    """One line about an evaluation, in the columns of the lines of steps."""
+    figures = {name.removeprefix(EVALUATION): value for name, value in entry.items()}
+    parts = _figures(figures, "eval", total)
+    since = figures.get("since_best")
+    if since is not None:
+        parts += [f"{since} evaluation(s) since the best" if since else "best so far"]
+    return "  ".join(parts)
+
+
+def _figures(entry: dict[str, Any], title: str, total: int) -> list[str]:
+    parts = [f"{title} {entry['step']:{len(str(total))}}/{total}", f"loss {entry['loss']:6.3f}"]
+    for title, name, form in (("margin", "margins", "+7.3f"), ("acc", "accuracies", ".2f")):
+        sides = [entry.get(f"rewards/{side}{name}") for side in ("", "visual_")]
+        shown = " ".join(f"{value:{form}}" for value in sides if value is not None)
+        parts += [f"{title} {shown}"] if shown else []
+    return parts

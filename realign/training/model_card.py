@@ -73,6 +73,7 @@ def model_card(
     images: int,
     digests: Mapping[str, str],
     last: Mapping[str, float],
+    held_out: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of a README.md for the Hub and `huggingface_hub.ModelCard`.
 
@@ -85,6 +86,7 @@ def model_card(
         images: number of distinct images in them.
         digests: digests of the base's weights and of the records, by the names to show.
         last: the last step's metrics from metrics.jsonl; empty if there is none.
+        held_out: facts about held-out records (`evaluation.held_out_facts`), if there are any.
     """
     local = bool(base) and Path(base).is_dir()
     name = Path(base).name if local else base or "Unnamed model"
@@ -105,10 +107,16 @@ def model_card(
         digests=digests,
         settings=settings,
         last=last,
-        shown={about: last[key] for key, about in _SHOWN.items() if key in last},
+        shown=_shown(last),
+        held_out=held_out,
+        held_out_shown=_shown(held_out["metrics"] if held_out else {}),
         versions={p: _version(p) for p in ("realign", "torch", "transformers", "peft")},
     )
     return str(card) + "\n"
+
+
+def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {about: metrics[key] for key, about in _SHOWN.items() if key in metrics}
 
 
 def without_adapter(card: str) -> str | None:

@@ -7,11 +7,12 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from realign import distributed
-from realign.config import RunConfig, TrainConfig
+from realign.config import EvalConfig, RunConfig, TrainConfig
 from realign.digits import ASSETS
 from realign.files import check_file, check_folder, open_lock, write_whole
 from realign.modeling import feature_cache, reference_logps
@@ -20,10 +21,10 @@ from realign.training.checkpoint import Checkpoints
 
 _FREE = {
     "row_tokens", "micro_batch_size", "model", "pairs", "split", "image_folder", "workers",
-    "recipe",
+    "recipe", "eval_pairs", "eval_split", "eval_image_folder", "early_stopping", "load_best",
 }  # fmt: skip
-"""Settings that --resume may change: without effect beyond rounding, paths with a digest, and a
-recipe, whose values are compared."""
+"""Settings that --resume may change. They have no effect beyond rounding, are paths with a digest,
+or use the best checkpoint. The values of a recipe are compared."""
 
 
 @contextmanager
@@ -117,9 +118,9 @@ def check_outputs(run: RunConfig) -> None:
         check_folder("--cache-vision", feature_cache.default_directory())
 
 
-def write_identity(config: TrainConfig, *, base: str, pairs: str) -> None:
-    """Write settings and digests of base weights and pairs to `run.json`."""
-    identity = {"config": config.to_dict(), "base": base, "pairs": pairs}
+def write_identity(config: TrainConfig, **digests: str) -> None:
+    """Write settings and digests, such as those of base weights and pairs, to `run.json`."""
+    identity = {"config": config.to_dict(), **digests}
     write_whole(Path(config.run.output) / "run.json", json.dumps(identity, indent=2) + "\n")
 
 
@@ -132,14 +133,14 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
     output = Path(config.run.output)
     try:
         identity = json.loads((output / "run.json").read_text())
-        old_sections = {"run": {}} | identity["config"]
+        old_sections = {"run": {}, "eval": asdict(EvalConfig())} | identity["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{output / 'run.json'}, which holds the run's settings, cannot be read ({error!r}). "
             "Restore it, or name another --output."
         ) from error
     settings = config.to_dict()
-    sections = {name: settings[name] for name in ("model", "data", "loss", "optim")}
+    sections = {name: settings[name] for name in ("model", "data", "loss", "optim", "eval")}
     sections["run"] = {"seed": settings["run"]["seed"]}
     changed = [
         f"{name} ({old_sections.get(section, {}).get(name)!r} -> {value!r})"
@@ -147,7 +148,11 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
         for name, value in values.items()
         if name not in _FREE and old_sections.get(section, {}).get(name) != value
     ]
-    changed += [f"the {name}" for name, digest in digests.items() if identity.get(name) != digest]
+    changed += [
+        f"the {name.replace('_', ' ')}"
+        for name, digest in digests.items()
+        if identity.get(name, "") != digest
+    ]
     if changed:
         raise ValueError(
             f"the run in {output} has different settings. Changed: {', '.join(changed)}. Resume it "

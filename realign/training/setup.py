@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 
 from realign import distributed
-from realign.config import LossConfig, TrainConfig
+from realign.config import EvalConfig, LossConfig, TrainConfig
 from realign.data.ranks import first_on_machine
-from realign.data.record_table import open_table
+from realign.data.record_table import RecordTable, open_table
 from realign.modeling import feature_cache, lora_targets, quantized, reference_logps
 from realign.modeling.encode import encode_table, make_objective
-from realign.modeling.examples import Examples
+from realign.modeling.examples import Examples, key_array
 from realign.modeling.feature_cache import FeatureCache
 from realign.modeling.images import ImageStore
 from realign.modeling.layouts import max_tokens
@@ -31,7 +32,7 @@ from realign.modeling.loading import (
 from realign.modeling.model import ForestModel
 from realign.modeling.reference_logps import digest_of
 from realign.progress import track
-from realign.training import fsdp
+from realign.training import fsdp, held_out
 from realign.training.checkpoint import Checkpoints
 from realign.training.run_dir import base_of, check_settings
 from realign.training.schedule import rank_slice, total_steps
@@ -41,14 +42,39 @@ from realign_kernels import Objective, ReferenceCache, objectives
 
 @dataclass
 class Inputs:
-    """A model and the examples to train it on."""
+    """A model, the examples to train it on, and those held out."""
 
     base: str  # folder (absolute) or Hub name of the model
     processor: Any
     model: ForestModel
     objective: Objective
-    examples: Examples
+    examples: Examples  # all, with those held out
     store: ImageStore
+    held_out: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # indices
+
+    @cached_property
+    def training(self) -> np.ndarray:
+        """Indices of the examples to train on."""
+        return np.setdiff1d(np.arange(len(self.examples)), self.held_out)
+
+    def digests(self) -> dict[str, str]:
+        """Digests of the pairs and of the held-out pairs; "" if there are none."""
+        parts = {"pairs": self.training, "held_out_pairs": self.held_out}
+        return {n: digest_of(self.examples, part) if len(part) else "" for n, part in parts.items()}
+
+    @property
+    def training_images(self) -> int:
+        """Number of distinct images of the examples to train on."""
+        parts = [chunk.images for chunk in self.examples.chunks]
+        counts = np.concatenate([np.diff(part.offsets.to_numpy()) for part in parts])
+        owners = np.repeat(np.arange(len(self.examples)), counts)
+        keys = np.concatenate([key_array(part.values.field("key")) for part in parts])
+        return len(np.unique(keys[np.isin(owners, self.training)].view("S16")))
+
+    @cached_property
+    def text_only(self) -> bool:
+        """Whether any example to train on has no image."""
+        return not self.examples.image_tokens[self.training].any(axis=1).all()
 
 
 def load_inputs(
@@ -69,6 +95,8 @@ def load_inputs(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     workers: int = 1,
+    evaluation: EvalConfig | None = None,
+    seed: int = 0,
 ) -> Inputs:
     """Load a model and encode the pairs for it. With a process group, every rank calls it.
 
@@ -89,6 +117,8 @@ def load_inputs(
         min_pixels: see `set_pixels`.
         max_pixels: see `set_pixels`.
         workers: threads that decode and preprocess images.
+        evaluation: which records to hold out; None holds out none.
+        seed: seed of the split of records.
 
     Raises:
         ValueError: for an unusable model or record.
@@ -97,24 +127,36 @@ def load_inputs(
         base = Path(base).resolve()
     processor = load_processor(base, min_pixels=min_pixels, max_pixels=max_pixels)
     convert = partial(track, title="reading records", unit="records", quiet=not progress)
-    table = first_on_machine(lambda: open_table(pairs, image_folder, split=split, progress=convert))
-    if table.skipped:
-        distributed.log_rank0(f"skipped records of {pairs}: {table.skipped_text}")
+
+    def opened(source: str | Path, image_folder: str | None, split: str | None) -> RecordTable:
+        table = first_on_machine(
+            lambda: open_table(source, image_folder, split=split, progress=convert)
+        )
+        if table.skipped:
+            distributed.log_rank0(f"skipped records of {source}: {table.skipped_text}")
+        return table
+
+    table = opened(pairs, image_folder, split)
     objective = make_objective(loss, table)
     check_unquantized(base, quantize)
     vlm = load_model(base, weights_dtype, attention, meta=meta, quantize=quantize)
     model = ForestModel(vlm, train_vision=train_vision, dtype=dtype)
-    examples = encode_table(
-        table,
-        processor,
-        objective,
+    encoded = partial(
+        encode_table,
+        processor=processor,
         layout=model.layout,
         max_response_tokens=max_response_tokens,
         max_tokens=max_tokens(vlm),
         progress=progress,
     )
+    examples, indices = encoded(table, objective=objective), np.zeros(0, np.int64)
+    if evaluation is not None:
+        source = held_out.Source(opened, partial(make_objective, loss), encoded)
+        examples, indices = held_out.add(
+            examples, table, objective, source, evaluation, image_folder=image_folder, seed=seed
+        )
     store = ImageStore(processor, model.layout, examples, workers=workers)
-    return Inputs(str(base), processor, model, objective, examples, store)
+    return Inputs(str(base), processor, model, objective, examples, store, indices)
 
 
 def training_inputs(
@@ -139,6 +181,8 @@ def training_inputs(
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
         workers=distributed.workers_of_rank(config.data.workers),
+        evaluation=config.eval,
+        seed=config.run.seed,
     )
 
 
@@ -156,11 +200,11 @@ class Run:
         optimizer: optimizer of the trained parameters.
         fingerprint: fingerprint of the reference log-probs, before adapters and sharding.
         digests: digests of base weights and pairs. They must be equal when the run is resumed.
+        state: numbers that checkpoints keep and that do not follow from the step, as JSON.
         image_flop: FLOP of the vision tower per image token.
         checkpoints: checkpoints in the output folder.
-        done: step of the checkpoint to resume from, 0 for none.
+        done: number of steps done: at first those of the checkpoint to resume from.
         progress: whether this rank shows progress bars.
-        shift: running mean of rewards, for an objective that subtracts it.
     """
 
     config: TrainConfig
@@ -176,12 +220,22 @@ class Run:
     checkpoints: Checkpoints
     done: int
     progress: bool
-    shift: objectives.RunningMean = field(default_factory=objectives.RunningMean)
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rewards(self) -> objectives.RunningMean:
+        """Running mean of the rewards of all steps, for an objective that subtracts it."""
+        return objectives.RunningMean(**self.state.get("rewards", {}))
+
+    @property
+    def objective(self) -> Objective:
+        """The objective with that running mean."""
+        return self.inputs.objective.at(self.rewards.value)
 
     @property
     def total(self) -> int:
         """Steps of the whole run."""
-        return total_steps(len(self.inputs.examples), self.config.optim)
+        return total_steps(len(self.inputs.training), self.config.optim)
 
 
 def set_up(
@@ -211,9 +265,10 @@ def set_up(
     local = rank_slice(config.optim.batch_size, rank, distributed.world_size())
     meta = rank > 0  # weights come from rank 0
     inputs = training_inputs(config, pairs, attention, meta=meta, progress=progress)
-    model = inputs.model
+    model, total = inputs.model, total_steps(len(inputs.training), config.optim)
+    held_out.check(config, inputs.objective, total)
     fingerprint = shared_fingerprint(inputs, device, config.scale.kernels, settings.quantize)
-    digests = {"base": fingerprint["weights"], "pairs": digest_of(inputs.examples)}
+    digests = {"base": fingerprint["weights"]} | inputs.digests()
     if done:
         check_settings(config, **digests)
     adapter = None
@@ -298,7 +353,7 @@ def restore(run: Run) -> None:
     """Load the checkpoint that the run resumes from, and print a summary of the run."""
     config, inputs = run.config, run.inputs
     if run.done:
-        run.checkpoints.load(run.done, inputs.model, run.optimizer)
+        run.state = run.checkpoints.load(run.done, inputs.model, run.optimizer)
         distributed.log_rank0(f"resumed from step {run.done} of {run.total}")
     elif config.run.resume:
         distributed.log_rank0(
@@ -316,7 +371,7 @@ def restore(run: Run) -> None:
         f"{recipe}"
     )
     distributed.log_rank0(
-        f"{inputs.objective.name}: {len(inputs.examples):,} records, {len(inputs.store):,} "
+        f"{inputs.objective.name}: {len(inputs.training):,} records, {inputs.training_images:,} "
         f"distinct images, {trained:,} trained parameters, {run.total:,} steps of "
         f"{config.optim.batch_size} records on {distributed.world_size()} rank(s), in "
         f"{config.model.dtype}"

@@ -21,6 +21,7 @@ from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
 from realign.modeling.model import ForestModel
 from realign.modeling.prefetch import ahead, pinned
+from realign.training.evaluation import Evaluations
 from realign.training.fsdp import sync_gradients
 from realign.training.metrics import shifted_mean, sums
 from realign.training.run_dir import StopSignal, write_identity
@@ -123,7 +124,9 @@ def train_steps(
     run: Run,
     references: torch.Tensor,  # (L, examples) fp32
 ) -> bool:
-    """Train to the last step. Returns False if a signal stopped the run, after a checkpoint.
+    """Train to the last step, or to an early stop.
+
+    Returns False if a signal stopped the run, after a checkpoint.
 
     Raises:
         NonFiniteStep: when loss or gradient is not finite. Checkpoints are kept.
@@ -132,12 +135,14 @@ def train_steps(
     config, optim, inputs, total = run.config, run.config.optim, run.inputs, run.total
     row_tokens, attention = config.data.row_tokens, inputs.model.attention
     feed = Feed(inputs.examples, references, inputs.store, attention, row_tokens, run.device)
-    seed, count = config.run.seed, len(inputs.examples)
-    order = partial(batches, count, optim.batch_size, seed, first=run.done, last=total)
+    trained = inputs.training
+    order = partial(
+        batches, len(trained), optim.batch_size, config.run.seed, first=run.done, last=total
+    )
     tasks = (
         partial(feed, *part)
-        for _, indices in order()
-        for part in micro_batches(indices[run.local], optim.micro_batch_size)
+        for _, places in order()
+        for part in micro_batches(trained[places][run.local], optim.micro_batch_size)
     )
     meter = Meter(inputs.model, run.device, inputs.model.dtype, run.image_flop)
     trackers = Trackers(config, inputs.objective.name, total=total, done=run.done)
@@ -151,19 +156,31 @@ def train_steps(
         heap_frozen(),
         ahead(tasks, run.device) as ready,
     ):
-        for step, indices in order():
-            began = time.perf_counter()
+        evaluations = Evaluations(run, feed, trackers)
+        evaluations.after(run.done)
+        for step, places in order():
+            if evaluations.stops:
+                break
+            began, indices = time.perf_counter(), trained[places]
             metrics, stopping = train_step(run, step, indices[run.local], feed, ready, stop)
             rates = meter.read(metrics, optim.batch_size, time.perf_counter() - began)
-            epoch = step * optim.batch_size / count
+            epoch = step * optim.batch_size / len(trained)
             trackers.write({"step": step, "epoch": epoch, **metrics, **rates})
+            run.done = step
+            save = partial(run.checkpoints.save, step, inputs.model, run.optimizer, state=run.state)
             end = stopping or step == total
-            if end or (config.run.save_every and step % config.run.save_every == 0):
-                run.checkpoints.save(step, inputs.model, run.optimizer, wait=end)
+            saved = end or (config.run.save_every and step % config.run.save_every == 0)
+            if saved:
+                save(wait=end)
             if stopping and step < total:
                 line = f"stopped after step {step} of {total}; add --resume to continue"
                 distributed.log_rank0(line)
                 return False
+            improved = evaluations.after(step)
+            if not saved and (improved or evaluations.stops):
+                save(wait=evaluations.stops)
+    if line := evaluations.summary():
+        distributed.log_rank0(line)
     return True
 
 
@@ -184,7 +201,7 @@ def train_step(
         NonFiniteStep: when loss or gradient is not finite.
     """
     optim, model, optimizer = run.config.optim, run.inputs.model, run.optimizer
-    objective = run.inputs.objective.at(run.shift.value)
+    objective = run.objective
     seed_step(run.config.run.seed, step, distributed.rank())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step - 1, run.total, optim)
@@ -197,7 +214,7 @@ def train_step(
     )
     forwards = -(-len(local_indices) // optim.micro_batch_size)
     totals = forward_backward(islice(ready, forwards))
-    if run.inputs.store.text_only:
+    if run.inputs.text_only:
         # Without an image the projector has no gradient. Sharded, it has zeros (`build_batch`).
         for parameter in run.trained:
             if parameter.grad is None:
@@ -212,7 +229,9 @@ def train_step(
         raise NonFiniteStep(step, metrics, names, optim.batch_size)
     optimizer.zero_grad()
     if objective.shifted_leaves:
-        run.shift.add(shifted_mean(metrics, objective), optim.batch_size)
+        rewards = run.rewards
+        rewards.add(shifted_mean(metrics, objective), optim.batch_size)
+        run.state["rewards"] = vars(rewards)
     return metrics | {"learning_rate": optimizer.param_groups[0]["lr"]}, stopping
 
 

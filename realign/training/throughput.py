@@ -33,6 +33,7 @@ TIMING = (
     "response_tokens_per_second",
     "peak_memory_gib",
     "mfu",
+    "eval/seconds",
 )
 """Metrics that differ between runs. All others are equal for equal settings."""
 

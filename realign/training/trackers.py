@@ -19,7 +19,7 @@ from realign.config import RunConfig, TrainConfig
 from realign.distributed import rank
 from realign.files import JsonlLog, write_whole
 from realign.progress import Progress, clock
-from realign.training.metrics import legend, step_line
+from realign.training.metrics import evaluation_line, is_evaluation, legend, step_line
 
 _RUN_ID = "wandb-id.txt"
 
@@ -28,7 +28,7 @@ class Tracker(AbstractContextManager, Protocol):
     """Receives metrics. It is a context manager, and writes pending entries on exit."""
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Write the metrics of one step, which include `step` and `epoch`."""
+        """Write the metrics of one step or evaluation, which include `step` and `epoch`."""
 
 
 def check_packages(run: RunConfig) -> None:
@@ -62,7 +62,8 @@ class Trackers(ExitStack):
         if rank() > 0:
             return
         run, output = config.run, Path(config.run.output)
-        self._trackers.append(JsonlLog(output / "metrics.jsonl", keep_steps=done))
+        # A run without a checkpoint starts again with the evaluation of step 0.
+        self._trackers.append(JsonlLog(output / "metrics.jsonl", keep_steps=done or -1))
         if run.tensorboard:
             self._trackers.append(TensorBoardLog(output / "tensorboard", done))
         if run.wandb is not None:
@@ -79,7 +80,7 @@ class Trackers(ExitStack):
 
 
 class Console(Tracker):
-    """Prints every `every`-th step on stdout, with a progress bar below on a terminal."""
+    """Prints every `every`-th step and all evaluations on stdout, with a bar on a terminal."""
 
     def __init__(self, name: str, *, total: int, done: int, every: int) -> None:
         self._total, self._every, self._first = total, every, done
@@ -89,6 +90,10 @@ class Console(Tracker):
 
     def write(self, entry: dict[str, Any]) -> None:
         step = entry["step"]
+        if is_evaluation(entry):
+            tqdm.write(evaluation_line(entry, self._total))
+            sys.stdout.flush()
+            return
         self._progress.update()
         if self._progress.done == self._first + 1:
             tqdm.write(legend(entry))
@@ -108,7 +113,7 @@ class TensorBoardLog(Tracker):
     def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+        self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else 0)
 
     def write(self, entry: dict[str, Any]) -> None:
         for name, value in _scalars(entry):
@@ -123,7 +128,8 @@ class WandbLog(Tracker):
     """A Weights & Biases run, whose id is kept in the output folder.
 
     `WANDB_MODE=offline` needs no network, and `wandb sync` uploads the run later. W&B keeps the
-    first values of a step. A repeated step gives the same values.
+    first values of a step. A repeated step gives the same values. W&B drops values for the last
+    step of the earlier run, so an evaluation that was left to this run is logged one step later.
     """
 
     def __init__(self, project: str, output: Path, config: dict[str, Any], done: int) -> None:
@@ -145,9 +151,10 @@ class WandbLog(Tracker):
                 f"--wandb {project}: {error}. Log in with `wandb login`, or set WANDB_MODE=offline."
             ) from error
         write_whole(id_file, self._run.id + "\n")
+        self._first = done + 1 if run_id else 0
 
     def write(self, entry: dict[str, Any]) -> None:
-        self._run.log(dict(_scalars(entry)), step=entry["step"])
+        self._run.log(dict(_scalars(entry)), step=max(entry["step"], self._first))
 
     def __exit__(self, kind, *_) -> None:
         self._run.finish(exit_code=0 if kind is None else 1)

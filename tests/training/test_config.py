@@ -33,6 +33,9 @@ OPTIONS = {
     config.ScaleConfig: """
         fsdp=False nproc_per_node=0 replicas=1 activation_checkpointing=None cpu_offload=False
         compile=False liger=False""",
+    config.EvalConfig: """
+        eval_pairs=None eval_split=None eval_image_folder=None eval_share=0.0 eval_every=0
+        best_metric=loss early_stopping=0 load_best=None""",
     config.RunConfig: """
         output=runs/rdpo reference_cache=None cache_vision=False seed=0 save_every=50 keep=2
         resume=False merge=False dry_run=False log_every=1 tensorboard=False wandb=None
@@ -65,8 +68,10 @@ TRAIN = (
     config.LossConfig,
     config.OptimConfig,
     config.ScaleConfig,
+    config.EvalConfig,
     config.RunConfig,
 )
+SECTIONS = ("model", "data", "loss", "optim", "scale", "eval", "run")
 
 
 def test_the_options_are_these():
@@ -80,7 +85,7 @@ def test_the_options_are_these():
 def test_option_names_are_unique_over_the_sections_of_training():
     names = [f.name for cls in TRAIN for f in fields(cls)]
     assert len(names) == len(set(names))
-    sections = zip(("model", "data", "loss", "optim", "scale", "run"), TRAIN, strict=True)
+    sections = zip(SECTIONS, TRAIN, strict=True)
     defaults = {section: {f.name: f.default for f in fields(cls)} for section, cls in sections}
     defaults["optim"]["learning_rate"] = 5e-5  # 0 chooses by model
     defaults["model"]["attention"] = "tree"  # auto
@@ -182,7 +187,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
     [
         (
             "[los]\nbeta = 0.1\n",
-            r"unknown section \[los\]; use model, data, loss, optim, scale, run",
+            r"unknown section \[los\]; use model, data, loss, optim, scale, eval, run",
         ),
         ("beta = 0.1\n", r"key 'beta' is outside a section. Put it under \[loss\]\."),
         ("betta = 0.1\n", "key 'betta' is outside a section. The sections are model, data, loss,"),
@@ -234,6 +239,16 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--eval-every", "5"], "^--eval-every would have no effect: no pairs are held out"),
+        (["--early-stopping", "5"], "^--early-stopping would have no effect: no pairs are held"),
+        (["--best-metric", "x"], "^--best-metric would have no effect: no pairs are held out"),
+        (["--no-load-best"], "^--load-best would have no effect.* or add --eval-pairs or --eval-"),
+        (["--eval-split", "a"], "^--eval-split would have no effect: there are no other pairs"),
+        (["--eval-share", "0.1", "--eval-image-folder", "a"], "^--eval-image-folder would have no"),
+        (["--eval-pairs", "a", "--eval-share", "0.1"], "^--eval-pairs and --eval-share both give"),
+        (["--eval-share", "1"], "^--eval-share is 1; it is a share of the pairs, below 1"),
+        (["--eval-share", "nan"], "^--eval-share is nan; it must be finite"),
+        (["--eval-share", "0.1", "--eval-every", "-1"], "^--eval-every is -1"),
         (["--objective", "ppo"], "objective is 'ppo'; it must be one of dpo, rdpo, mdpo"),
         (["--clip", "-1"], "^--clip is -1.0; it must be finite and not negative"),
         (["--steps", "-3"], "steps is -3; it must be finite and not negative"),

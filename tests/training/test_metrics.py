@@ -21,7 +21,7 @@ from realign.modeling.loading import add_lora, load_model
 from realign.modeling.model import ForestModel
 from realign.train import main
 from realign.training import trackers
-from realign.training.metrics import legend, step_line
+from realign.training.metrics import evaluation_line, legend, step_line
 from realign.training.throughput import TIMING, WORK, cost_of, image_flop, peak_flops, work_of
 
 
@@ -135,6 +135,18 @@ def test_the_line_of_a_step():
     assert len({len(step_line(entry(step), 1000)) for step in (1, 10, 1000)}) == 1
 
 
+def test_the_line_of_an_evaluation():
+    """Its columns are those of a step, and its mark shows the distance from the best."""
+    found = {f"eval/{n}": v for n, v in entry(7).items() if n != "step"} | {"step": 7}
+    start = "eval   7/120  loss  1.250  margin  +0.500  -0.250  acc 1.00 0.50"
+    assert evaluation_line(found, 120) == start
+    assert evaluation_line(found | {"eval/since_best": 0}, 120) == f"{start}  best so far"
+    late = evaluation_line(found | {"eval/since_best": 2}, 120)
+    assert late == f"{start}  2 evaluation(s) since the best"
+    text = {name: v for name, v in found.items() if "visual" not in name}
+    assert evaluation_line(text, 120).endswith("margin  +0.500  acc 1.00")
+
+
 def arguments(pairs, output, *more):
     given = ["--pairs", pairs, "--output", output, "--steps", 4, "--batch-size", 4]
     return [str(word) for word in [*given, "--save-every", 2, *more]]
@@ -176,7 +188,7 @@ def test_a_run_in_lines_json_and_tensorboard(pairs_file, tmp_path, capsys, monke
         assert found["tokens_per_second"] > found["response_tokens_per_second"] > 0
         assert 0.3 < found["peak_memory_gib"] < 20
         assert "mfu" not in found  # the peak of a CPU is unknown
-        assert set(TIMING) - {"mfu"} <= set(found)
+        assert set(TIMING) - {"mfu", "eval/seconds"} <= set(found)
         assert not [name for name in found if name.startswith("work/")]
     board = events(tmp_path / "tensorboard")
     for name in ("loss", "rewards/visual_margins", "tokens_saved"):
@@ -209,14 +221,19 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
     config = parse(["--wandb", "align", "--output", str(tmp_path), "--quiet"])
     for done in (0, 2):
         with trackers.Trackers(config, "rdpo", total=4, done=done) as log:
+            log.write({"step": done, "eval/loss": 0.5})  # W&B drops it for the last step
             log.write(entry(done + 1))
     first, second = wandb.runs
     assert first.settings["project"] == "align" and first.settings["id"] is None
     assert (second.settings["id"], second.settings["resume"]) == ("abc123", "allow")
     assert first.settings["config"] == json.loads(json.dumps(config.to_dict()))
-    step, values = second.logged[0]
+    assert first.logged[0] == (0, {"eval/loss": 0.5}) and second.logged[0] == (
+        3,
+        {"eval/loss": 0.5},
+    )
+    step, values = second.logged[1]
     assert step == 3 and values["loss"] == 1.25 and "step" not in values
-    assert second.logged[1:] == [0]
+    assert second.logged[2:] == [0]
     with monkeypatch.context() as patch:
         patch.setattr(trackers, "rank", lambda: 1)
         trackers.Trackers(config, "rdpo", total=4, done=0).write(entry(1))
