@@ -18,21 +18,21 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from realign import distributed
+from realign import distributed, recipes
 from realign.config import TrainConfig
 from realign.data.errors import short_error
 from realign.modeling import attention, quantized, reference_logps
 from realign.modeling.attention import row_budget
 from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
-from realign.modeling.loading import DTYPES, add_lora, load_model
+from realign.modeling.loading import DTYPES, load_model
 from realign.modeling.model import ForestModel
-from realign.training import fsdp, memory
+from realign.training import fsdp, memory, optimizers
 from realign.training.checkpoint import Checkpoints
 from realign.training.export import stored_dtype
 from realign.training.run_dir import base_of, check_settings, steps_done
 from realign.training.schedule import batches, rank_slice, total_steps
-from realign.training.setup import training_inputs
+from realign.training.setup import add_adapters, training_inputs
 from realign.training.step import micro_batches
 from realign.training.throughput import WORK, cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, refcache
@@ -60,7 +60,9 @@ def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> s
         pairs = prepare_pairs(config if pairs_of_run.exists() else scratch_config)
         config, reason = with_checkpointing(config, pairs)
         plan = Plan(config, pairs)
-        rows = plan.model_rows() | plan.forest() | {"steps": plan.schedule()}
+        recipe = config.model.recipe
+        rows = recipes.rows(recipe, config.to_dict()) if recipe else {}
+        rows |= plan.model_rows() | plan.forest() | {"steps": plan.schedule()}
         rows |= {"checkpointing": reason} if reason else {}
         rows |= plan.memory(imports) | {"time": plan.duration(), "disk": plan.disk()}
     width = max(map(len, rows))
@@ -159,8 +161,7 @@ class Plan:
         layers = quantized.linears(self.vlm) if config.model.quantize else []
         self.quantized = [layer.get_parameter("weight") for layer in layers]
         if self.lora:
-            assert config.model.lora_rank is not None and config.model.lora_alpha is not None
-            add_lora(self.vlm, config.model.lora_rank, config.model.lora_alpha)
+            add_adapters(self.model, config)
         fsdp.wrap_layers(
             fsdp.trained_layers(self.model),
             compiled=False,  # compiled layers keep the same tensors
@@ -169,6 +170,8 @@ class Plan:
         self.cost = cost_of(self.model, self.per_image_token)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.learning = sum(p.numel() for p in self.trained)
+        state = optimizers.state_bytes(config.optim, self.learning)
+        self.checkpoint = 4 * self.learning + state  # bytes
         self.total = total_steps(len(self.examples), config.optim)
         self.layouts = self._layouts()
 
@@ -319,7 +322,7 @@ class Plan:
             heap=memory.HEAP if self.device.type == "cpu" else 1.0,
         )
         if self.device.type == "cpu":
-            parts["checkpoint being written"] = 12 * (self.learning // self.shards)
+            parts["checkpoint being written"] = self.checkpoint // self.shards
             parts["images"] = min(len(self.store) * image, ImageStore.CACHE_BYTES)
             parts["process"] = memory.PROCESS
         return {name: size for name, size in parts.items() if size}
@@ -350,7 +353,7 @@ class Plan:
         while not place.exists():
             place = place.parent
         return (
-            f"{self.config.run.keep + 1} checkpoints of {_gib(12 * self.learning)} (one is being "
+            f"{self.config.run.keep + 1} checkpoints of {_gib(self.checkpoint)} (one is being "
             f"written), final model {_gib(final)}; {_gib(shutil.disk_usage(place).free)} free"
         )
 
@@ -406,11 +409,11 @@ def rank_memory(
         "weights": stored // shards,
         "dequantized weight": dequantized,
         "gathered weights": gathered,
-        "AdamW": 8 * (trained // shards),
+        "optimizer": optimizers.state_bytes(config.optim, trained // shards),
         "activations, gradients": max(in_step, step.gradients),
     }
-    if config.scale.cpu_offload:  # weights and AdamW are in host memory
-        parts |= {"weights": 0, "AdamW": 0, "activations, gradients": in_step}
+    if config.scale.cpu_offload:  # weights and optimizer are in host memory
+        parts |= {"weights": 0, "optimizer": 0, "activations, gradients": in_step}
     return parts
 
 

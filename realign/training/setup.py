@@ -15,7 +15,7 @@ from realign import distributed
 from realign.config import LossConfig, TrainConfig
 from realign.data.ranks import first_on_machine
 from realign.data.record_table import open_table
-from realign.modeling import feature_cache, lora_targets, quantized, reference_logps
+from realign.modeling import feature_cache, lora_targets, projector, quantized, reference_logps
 from realign.modeling.encode import encode_table, make_objective
 from realign.modeling.examples import Examples
 from realign.modeling.feature_cache import FeatureCache
@@ -31,7 +31,7 @@ from realign.modeling.loading import (
 from realign.modeling.model import ForestModel
 from realign.modeling.reference_logps import digest_of
 from realign.progress import track
-from realign.training import fsdp
+from realign.training import fsdp, optimizers
 from realign.training.checkpoint import Checkpoints
 from realign.training.run_dir import base_of, check_settings
 from realign.training.schedule import rank_slice, total_steps
@@ -168,7 +168,7 @@ class Run:
     inputs: Inputs
     adapter: PeftModel | None
     trained: list[torch.nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     fingerprint: dict[str, str]
     digests: dict[str, str]
     image_flop: float
@@ -204,9 +204,9 @@ def set_up(
         ValueError: for an unusable model or record, and for settings that have changed since the
             run began.
     """
-    settings, rank = config.model, distributed.rank()
+    settings, optim, rank = config.model, config.optim, distributed.rank()
     progress = not config.run.quiet and rank == 0
-    local = rank_slice(config.optim.batch_size, rank, distributed.world_size())
+    local = rank_slice(optim.batch_size, rank, distributed.world_size())
     meta = rank > 0  # weights come from rank 0
     inputs = training_inputs(config, pairs, attention, meta=meta, progress=progress)
     model = inputs.model
@@ -220,14 +220,15 @@ def set_up(
         distributed.log_rank0(f"the language model is quantized: {text}")
     if settings.tune == "lora":
         torch.manual_seed(config.run.seed)
-        assert settings.lora_rank is not None and settings.lora_alpha is not None
-        adapter = add_lora(model.vlm, settings.lora_rank, settings.lora_alpha)
+        adapter = add_adapters(model, config)
         distributed.log_rank0(lora_targets.share(model.vlm))
     fsdp.place(model, config, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model is trained. Train with --lora-rank above 0.")
-    rate, decay = config.optim.learning_rate, config.optim.weight_decay
+    of_projector = projector.trained(model.vlm) if optim.projector_learning_rate else []
+    if of_projector:
+        distributed.log_rank0(projector.summary(model.vlm, optim.projector_learning_rate))
     return Run(
         config=config,
         device=device,
@@ -235,7 +236,7 @@ def set_up(
         inputs=inputs,
         adapter=adapter,
         trained=trained,
-        optimizer=torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=True),
+        optimizer=optimizers.make(optim, trained, of_projector),
         fingerprint=fingerprint,
         digests=digests,
         image_flop=image_flop(model.eval(), inputs.store.first(), device),
@@ -243,6 +244,35 @@ def set_up(
         done=done,
         progress=progress,
     )
+
+
+def add_adapters(model: ForestModel, config: TrainConfig) -> PeftModel:
+    """Add LoRA, and copies of the projector's modules if it is trained, by the settings.
+
+    Raises:
+        ValueError: for settings that the model does not support. The message names the setting.
+    """
+    settings, vlm = config.model, model.vlm
+    assert settings.lora_rank is not None and settings.lora_alpha is not None
+    adapter = add_lora(
+        vlm,
+        settings.lora_rank,
+        settings.lora_alpha,
+        targets=settings.lora_targets,
+        dropout=settings.lora_dropout,
+        rslora=settings.use_rslora,
+        dora=settings.use_dora,
+        save=projector.modules_to_save(vlm) if config.optim.projector_learning_rate else (),
+    )
+    if any(p.requires_grad for p in model.frozen_parameters()):  # adapters in the tower
+        model.freeze(train_vision=True)
+    decoder = {*vlm.model.get_decoder().parameters(), *vlm.get_output_embeddings().parameters()}
+    if config.run.cache_vision and any(p.requires_grad and p not in decoder for p in vlm.parameters()):
+        raise ValueError(
+            "--cache-vision keeps image features for the whole run, and --lora-targets "
+            f"{settings.lora_targets} adapts layers that compute them. Leave one of them out."
+        )
+    return adapter
 
 
 def shared_fingerprint(
