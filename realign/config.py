@@ -122,6 +122,19 @@ class ModelConfig:
     and 'eager' use a mask. 'flex' needs CUDA and skips masked pairs, so rows can be long. 'auto' is
     'tree'."""
 
+    @property
+    def how(self) -> str:
+        """The trained weights in words."""
+        if self.tune == "full":
+            vision = "" if self.train_vision else " except the vision tower's"
+            return f"all weights{vision}"
+        assert self.lora_alpha is not None
+        where = "the language model" if self.lora_targets == "all-linear" else self.lora_targets
+        more = [f"dropout {self.lora_dropout:g}"] * bool(self.lora_dropout)
+        more += ["rsLoRA"] * self.use_rslora + ["DoRA"] * self.use_dora
+        line = f"LoRA on {where}, rank {self.lora_rank}, alpha {self.lora_alpha:g}"
+        return ", ".join([line, *more])
+
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, TUNED)
         self.dtype = resolve_dtype(self.dtype)

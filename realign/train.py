@@ -32,6 +32,9 @@ from realign.training.step import train_steps
 from realign.training.trackers import check_packages
 
 
+_DIGESTS = {"base": "base weights", "pairs": "records", "reference": "reference weights"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, with its own workers under --fsdp. Returns an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -123,7 +126,11 @@ def export(run: Run) -> Path:
             adapter=run.adapter is not None and not config.run.merge,
             records=len(inputs.examples),
             images=len(inputs.store),
-            digests={"base weights": run.digests["base"], "records": run.digests["pairs"]},
+            digests={
+                about: digest
+                for name, about in _DIGESTS.items()
+                if (digest := run.digests[name]) is not None
+            },
             last=read_jsonl(log)[-1],
         )
 

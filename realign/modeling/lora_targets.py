@@ -197,6 +197,12 @@ def config_for(
             f"{option} does not work on fused experts, such as {parameters[0]}: PEFT adds their "
             f"change to the weights. Leave it out, or train other layers with {instead}."
         )
+    head = model.get_output_embeddings()
+    if dora and any(model.get_submodule(name) is head for name in names):
+        raise ValueError(
+            "--use-dora does not work on the output head, whose log-probs are computed without its "
+            "forward. Leave it out of --lora-targets."
+        )
     config = model.config.get_text_config()
     active = next((getattr(config, n) for n in _ACTIVE if getattr(config, n, None)), 1)
     of_expert = max(1, rank // (max(active) if isinstance(active, list | tuple) else active))

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -30,6 +31,7 @@ from realign.modeling.model import ForestModel
 from realign.training import fsdp, memory, optimizers
 from realign.training.checkpoint import Checkpoints
 from realign.training.export import stored_dtype
+from realign.training.reference import check_encodings
 from realign.training.run_dir import base_of, check_settings, steps_done
 from realign.training.schedule import batches, rank_slice, total_steps
 from realign.training.setup import add_adapters, training_inputs
@@ -147,9 +149,13 @@ class Plan:
         inputs = training_inputs(config, pairs, self.layout_attention, meta=True)
         self.model, self.objective = inputs.model, inputs.objective
         self.examples, self.store, self.vlm = inputs.examples, inputs.store, inputs.model.vlm
+        other = inputs
+        if path := config.model.reference_model:
+            load = partial(training_inputs, config, pairs, self.layout_attention, meta=True)
+            check_encodings(inputs, other := load(base=path), path)
         self.description = reference_logps.description(
-            self.vlm,
-            inputs.processor,
+            other.model.vlm,
+            other.processor,
             self.dtype,
             self.device,
             config.scale.kernels,
@@ -227,7 +233,6 @@ class Plan:
     def model_rows(self) -> dict[str, str]:
         """Rows for objective, model and trained parameters."""
         settings, kind = self.config.model, self.vlm.config
-        how = f"LoRA of rank {settings.lora_rank} on the language model" if self.lora else "full"
         stored = settings.dtype
         if settings.quantize:
             stored = f"{sum(w.numel() for w in self.quantized):,} of them in {settings.quantize}, "
@@ -239,7 +244,7 @@ class Plan:
             "objective": f"{self.objective.name}, {len(self.objective.leaves)} leaves",
             "model": f"{self.base}: {kind.model_type}, {self.parameters:,} parameters, "
             f"{stored}, {self.model.attention} attention, {sharing}",
-            "trains": f"{how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
+            "trains": f"{settings.how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
         }
 
     def forest(self) -> dict[str, str]:
@@ -261,7 +266,8 @@ class Plan:
             f"sequences: {1 - tokens / separate:.1%} saved",
             "rows": f"{np.mean([layout.rows for layout in self.layouts]):.1f} in a forward, "
             f"{1 - tokens / cells:.1%} padding",
-            "references": f"{distinct:,} distinct leaves, {cached:,} of them known{folder}",
+            "references": f"{distinct:,} distinct leaves, {cached:,} of them known{folder}"
+            + (f", of {other}" if (other := self.config.model.reference_model) else ""),
         }
 
     def _cached_leaves(self, leaves) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from realign.training.checkpoint import Checkpoints
 
 _FREE = {
     "row_tokens", "micro_batch_size", "model", "pairs", "split", "image_folder", "workers",
-    "recipe",
+    "recipe", "reference_model",
 }  # fmt: skip
 """Settings that --resume may change: without effect beyond rounding, paths with a digest, and a
 recipe, whose values are compared."""
@@ -117,13 +118,13 @@ def check_outputs(run: RunConfig) -> None:
         check_folder("--cache-vision", feature_cache.default_directory())
 
 
-def write_identity(config: TrainConfig, *, base: str, pairs: str) -> None:
-    """Write settings and digests of base weights and pairs to `run.json`."""
-    identity = {"config": config.to_dict(), "base": base, "pairs": pairs}
+def write_identity(config: TrainConfig, **digests: str | None) -> None:
+    """Write settings and digests, such as those of base weights and pairs, to `run.json`."""
+    identity = {"config": config.to_dict(), **digests}
     write_whole(Path(config.run.output) / "run.json", json.dumps(identity, indent=2) + "\n")
 
 
-def check_settings(config: TrainConfig, **digests: str) -> None:
+def check_settings(config: TrainConfig, **digests: str | None) -> None:
     """Check that a resumed run has the settings and digests that `write_identity` wrote.
 
     Raises:
@@ -141,12 +142,16 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
     settings = config.to_dict()
     sections = {name: settings[name] for name in ("model", "data", "loss", "optim")}
     sections["run"] = {"seed": settings["run"]["seed"]}
-    changed = [
-        f"{name} ({old_sections.get(section, {}).get(name)!r} -> {value!r})"
-        for section, values in sections.items()
-        for name, value in values.items()
-        if name not in _FREE and old_sections.get(section, {}).get(name) != value
-    ]
+    changed = []
+    for section, values in sections.items():
+        # A run of an earlier version lacks newer settings, which had no other value there.
+        defaults = {f.name: f.default for f in fields(getattr(config, section))}
+        old = defaults | old_sections.get(section, {})
+        changed += [
+            f"{name} ({old[name]!r} -> {value!r})"
+            for name, value in values.items()
+            if name not in _FREE and old[name] != value
+        ]
     changed += [f"the {name}" for name, digest in digests.items() if identity.get(name) != digest]
     if changed:
         raise ValueError(

@@ -31,12 +31,12 @@ from realign.modeling.loading import (
 from realign.modeling.model import ForestModel
 from realign.modeling.reference_logps import digest_of
 from realign.progress import track
-from realign.training import fsdp, optimizers
+from realign.training import fsdp, optimizers, reference
 from realign.training.checkpoint import Checkpoints
 from realign.training.run_dir import base_of, check_settings
 from realign.training.schedule import rank_slice, total_steps
 from realign.training.throughput import image_flop
-from realign_kernels import Objective, ReferenceCache
+from realign_kernels import Objective
 
 
 @dataclass
@@ -118,16 +118,23 @@ def load_inputs(
 
 
 def training_inputs(
-    config: TrainConfig, pairs: Path, attention: str, *, meta: bool, progress: bool = False
+    config: TrainConfig,
+    pairs: Path,
+    attention: str,
+    *,
+    meta: bool,
+    progress: bool = False,
+    base: str | None = None,
 ) -> Inputs:
-    """`load_inputs` with the settings of a run."""
+    """`load_inputs` with the settings of a run. `base` is another model, which is not trained."""
     dtype = DTYPES[config.model.dtype]
+    trains_all = config.model.tune == "full" and base is None
     return load_inputs(
-        base_of(config),
+        base or base_of(config),
         pairs,
         config.loss,
         dtype=dtype,
-        weights_dtype=dtype if config.model.tune == "lora" else torch.float32,
+        weights_dtype=torch.float32 if trains_all else dtype,
         attention=attention,
         meta=meta,
         quantize=config.model.quantize,
@@ -154,8 +161,10 @@ class Run:
         adapter: the PEFT model around `inputs.model.vlm`; None for full fine-tuning.
         trained: the trained parameters.
         optimizer: optimizer of the trained parameters.
-        fingerprint: fingerprint of the reference log-probs, before adapters and sharding.
-        digests: digests of base weights and pairs. They must be equal when the run is resumed.
+        fingerprint: fingerprint of the model's log-probs, before adapters and sharding.
+        digests: digests of base weights, pairs and the weights of another reference, None without
+            one. They must be equal when the run is resumed.
+        references: (L, examples) fp32 log-probs of another reference; None for the model itself.
         image_flop: FLOP of the vision tower per image token.
         checkpoints: checkpoints in the output folder.
         done: step of the checkpoint to resume from, 0 for none.
@@ -170,7 +179,8 @@ class Run:
     trained: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     fingerprint: dict[str, str]
-    digests: dict[str, str]
+    digests: dict[str, str | None]
+    references: torch.Tensor | None
     image_flop: float
     checkpoints: Checkpoints
     done: int
@@ -208,10 +218,20 @@ def set_up(
     progress = not config.run.quiet and rank == 0
     local = rank_slice(optim.batch_size, rank, distributed.world_size())
     meta = rank > 0  # weights come from rank 0
-    inputs = training_inputs(config, pairs, attention, meta=meta, progress=progress)
+    load = partial(training_inputs, config, pairs, attention)
+    kernels, quantize = config.scale.kernels, settings.quantize
+    digest = partial(shared_fingerprint, device=device, kernels=kernels, quantize=quantize)
+    other = None
+    if settings.reference_model:
+        other = reference.of_other_model(config, device, load, digest, progress=progress)
+    inputs = load(meta=meta, progress=progress)
     model = inputs.model
-    fingerprint = shared_fingerprint(inputs, device, config.scale.kernels, settings.quantize)
-    digests = {"base": fingerprint["weights"], "pairs": digest_of(inputs.examples)}
+    fingerprint = digest(inputs)
+    digests = {
+        "base": fingerprint["weights"],
+        "pairs": digest_of(inputs.examples),
+        "reference": other.weights if other else None,
+    }
     if done:
         check_settings(config, **digests)
     adapter = None
@@ -239,6 +259,7 @@ def set_up(
         optimizer=optimizers.make(optim, trained, of_projector),
         fingerprint=fingerprint,
         digests=digests,
+        references=other.logps if other else None,
         image_flop=image_flop(model.eval(), inputs.store.first(), device),
         checkpoints=checkpoints,
         done=done,
@@ -267,7 +288,9 @@ def add_adapters(model: ForestModel, config: TrainConfig) -> PeftModel:
     if any(p.requires_grad for p in model.frozen_parameters()):  # adapters in the tower
         model.freeze(train_vision=True)
     decoder = {*vlm.model.get_decoder().parameters(), *vlm.get_output_embeddings().parameters()}
-    if config.run.cache_vision and any(p.requires_grad and p not in decoder for p in vlm.parameters()):
+    if config.run.cache_vision and any(
+        p.requires_grad and p not in decoder for p in vlm.parameters()
+    ):
         raise ValueError(
             "--cache-vision keeps image features for the whole run, and --lora-targets "
             f"{settings.lora_targets} adapts layers that compute them. Leave one of them out."
@@ -280,10 +303,13 @@ def shared_fingerprint(
     device: torch.device,
     kernels: str = "eager",
     quantize: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, str]:
-    """`reference_logps.fingerprint` on all ranks, with the weights' digest of rank 0."""
+    """`reference_logps.fingerprint` on all ranks, with the weights' digest of rank 0 if absent."""
     vlm, dtype = inputs.model.vlm, inputs.model.dtype
-    weights = distributed.broadcast_from_rank0(lambda: reference_logps.weights_digest(vlm, dtype))
+    weights = weights or distributed.broadcast_from_rank0(
+        lambda: reference_logps.weights_digest(vlm, dtype)
+    )
     processor = inputs.processor
     return reference_logps.fingerprint(vlm, processor, dtype, device, kernels, weights, quantize)
 
@@ -291,32 +317,25 @@ def shared_fingerprint(
 def reference_pass(run: Run) -> torch.Tensor:
     """Compute or look up the reference log-probs of all examples, (L, examples) fp32.
 
-    The model must be the reference: before training and restoring. Adapters are off.
+    The model must be as it was loaded: before training and restoring. Adapters are off.
     """
-    config, inputs, optim = run.config, run.inputs, run.config.optim
+    config, inputs = run.config, run.inputs
     distributed.mark_ranks_diverged()
     for line in inputs.model.check_forest(inputs.examples[0], inputs.store, run.device):
         distributed.log_rank0(line)
     if config.run.cache_vision:
         features = FeatureCache(feature_cache.default_directory(), run.fingerprint)
-        size, store = optim.micro_batch_size, inputs.store
+        size, store = config.optim.micro_batch_size, inputs.store
         feature_cache.fill(features, inputs.model, store, run.device, size, progress=run.progress)
         inputs.store.features = features
-    directory = config.run.reference_cache or reference_logps.default_directory()
-    with ReferenceCache.open(directory, run.fingerprint) as cache:
-        references = reference_logps.fill(
-            cache,
-            inputs.model,
-            inputs.examples,
-            inputs.store,
-            row_tokens=config.data.row_tokens or inputs.examples.longest_tree,
-            batch_rows=optim.micro_batch_size * len(inputs.examples[0].roots),
-            device=run.device,
-            progress=run.progress,
+    references = run.references
+    if references is None:
+        references = reference.logps(
+            config, inputs, run.fingerprint, run.device, progress=run.progress
         )
     if isinstance(inputs.model, FSDPModule):
         inputs.model.reshard()  # without a backward the root stays gathered
-    return references.float()
+    return references
 
 
 def restore(run: Run) -> None:
@@ -330,14 +349,9 @@ def restore(run: Run) -> None:
             f"there is no checkpoint in {config.run.output} yet; starting at the first step"
         )
     trained, settings = sum(p.numel() for p in run.trained), config.model
-    how = (
-        "all weights"
-        if settings.tune == "full"
-        else (f"LoRA of rank {settings.lora_rank}, alpha {settings.lora_alpha:g}")
-    )
     recipe = f", recipe {settings.recipe}" * (settings.recipe is not None)
     distributed.log_rank0(
-        f"training {how}, peak learning rate {config.optim.learning_rate:g}, {settings.dtype}"
+        f"training {settings.how}, peak learning rate {config.optim.learning_rate:g}, {settings.dtype}"
         f"{recipe}"
     )
     distributed.log_rank0(
