@@ -152,10 +152,10 @@ def of_other_model(
             write_whole(memo, about["weights"])
     kind = inputs.model.vlm.config.model_type
     distributed.log_rank0(f"references are those of {path}: {kind}, weights {about['weights']}")
+    inputs.model.eval()
     if loaded and _any_missing(config, about, inputs):
         fsdp.place(inputs.model, config, device)
         distributed.mark_ranks_diverged()
-        inputs.model.eval()
         for line in inputs.model.check_forest(inputs.examples[0], inputs.store, device):
             distributed.log_rank0(f"reference: {line}")
     found = Reference(logps(config, inputs, about, device, progress=progress), about["weights"])

@@ -351,8 +351,8 @@ def restore(run: Run) -> None:
     trained, settings = sum(p.numel() for p in run.trained), config.model
     recipe = f", recipe {settings.recipe}" * (settings.recipe is not None)
     distributed.log_rank0(
-        f"training {settings.how}, peak learning rate {config.optim.learning_rate:g}, {settings.dtype}"
-        f"{recipe}"
+        f"training {settings.how}, peak learning rate {config.optim.learning_rate:g}, "
+        f"{settings.dtype}{recipe}"
     )
     distributed.log_rank0(
         f"{inputs.objective.name}: {len(inputs.examples):,} records, {len(inputs.store):,} "

@@ -167,9 +167,8 @@ class TorchKernels:
         distinct = torch.empty_like(ordered).index_copy_(0, place, ordered)[slots]
         total[distinct] = (total[distinct] + sums[slots]).to(total.dtype)
 
-    def fused_loss(self, objective: Objective) -> Callable | str:
+    def fused_loss(self, objective: Objective) -> Callable | None:
         """See `base.Backend.fused_loss`."""
-        return NO_FUSED_LOSS
 
 
 def _with_runner_up(
