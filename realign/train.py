@@ -31,7 +31,6 @@ from realign.training.setup import Run, reference_pass, restore, set_up
 from realign.training.step import train_steps
 from realign.training.trackers import check_packages
 
-
 _DIGESTS = {"base": "base weights", "pairs": "records", "reference": "reference weights"}
 
 

@@ -244,7 +244,8 @@ class Plan:
             "objective": f"{self.objective.name}, {len(self.objective.leaves)} leaves",
             "model": f"{self.base}: {kind.model_type}, {self.parameters:,} parameters, "
             f"{stored}, {self.model.attention} attention, {sharing}",
-            "trains": f"{settings.how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
+            "trains": f"{settings.how}: {self.learning:,} parameters, "
+            f"{self.learning / everything:.1%}",
         }
 
     def forest(self) -> dict[str, str]:
