@@ -197,6 +197,11 @@ def config_for(
             f"{option} does not work on fused experts, such as {parameters[0]}: PEFT adds their "
             f"change to the weights. Leave it out, or train other layers with {instead}."
         )
+    if inside := [n for n in sorted(weights) if n.startswith(tuple(f"{name}." for name in save))]:
+        raise ValueError(
+            f"--lora-targets {targets} adapts {inside[0].removesuffix('.weight')}, which "
+            "--projector-learning-rate trains in full. Leave out one of them."
+        )
     head = model.get_output_embeddings()
     if dora and any(model.get_submodule(name) is head for name in names):
         raise ValueError(
