@@ -2,8 +2,8 @@
 
 They are computed before the model that is trained is loaded, so the two are never in memory
 together. The reference is loaded only if log-probs are missing in the cache, or its weights have no
-known digest. `--quantize` applies to both models, since a reference without the rounding of the
-policy's weights would start with rewards that differ from zero by that rounding.
+known digest. `--quantize` applies to both models. Without it, rewards would contain the rounding of the
+policy's weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from realign.files import read_limited, write_whole
 from realign.modeling import reference_logps
 from realign.modeling.merging import adapter_base
 from realign.modeling.model_files import find_file
-from realign.modeling.reference_logps import digest_of
+from realign.modeling.reference_logps import digest_of, processor_digest
 from realign.training import fsdp
 from realign_kernels import ReferenceCache
 
@@ -90,9 +90,10 @@ def check_encodings(policy: Any, other: Any, reference: str) -> None:
     Raises:
         ValueError: when a record differs. The message names what differs.
     """
-    if digest_of(policy.examples) == digest_of(other.examples):
-        return
+    same = digest_of(policy.examples) == digest_of(other.examples)
     one, two = policy.processor, other.processor
+    if same and processor_digest(one) == processor_digest(two):
+        return
     parts = {
         "vocabulary": lambda inputs, p: p.tokenizer.get_vocab(),
         "chat template": lambda inputs, p: p.chat_template,
@@ -105,14 +106,12 @@ def check_encodings(policy: Any, other: Any, reference: str) -> None:
     }
     differ = [name for name, of in parts.items() if of(policy, one) != of(other, two)]
     pairs = zip(policy.examples, other.examples, strict=False)
-    record = next(
-        (a.name for a, b in pairs if digest_of([a]) != digest_of([b])),
-        "of one of them",
-    )
+    names = (repr(a.name) for a, b in pairs if digest_of([a]) != digest_of([b]))
+    what = "images" if same else f"record {next(names, '')}"
     raise ValueError(
-        f"--reference-model {reference} encodes record {record!r} differently from {policy.base}: "
-        f"they differ in {', '.join(differ) or 'the tokens of a prompt'}. Their log-probs cannot "
-        "be compared. Use a reference with the same processor."
+        f"--reference-model {reference} encodes {what} differently from {policy.base}: they differ "
+        f"in {', '.join(differ) or 'classes of their processors'}. Their log-probs cannot be "
+        "compared. Use a reference with the same processor."
     )
 
 
