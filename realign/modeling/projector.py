@@ -34,7 +34,7 @@ def _outside_joins(part: nn.Module) -> list[nn.Parameter]:
 
 
 def parameters(vlm: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Parameters outside of language model, head and towers, by name. Adapters are none of them."""
+    """Parameters outside of language model, head and towers, by name."""
     parts = [vlm.model.get_decoder(), vlm.get_output_embeddings()]
     parts += frozen_by_default(vlm, False)
     # Some models have a second tower, for video or at a high resolution.
@@ -119,10 +119,4 @@ def forward(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
 
 def trained(vlm: PreTrainedModel) -> list[nn.Parameter]:
     """The trained parameters of the projector: copies under LoRA, or its own weights."""
-    copies = [
-        p
-        for m in vlm.modules()
-        if isinstance(m, ModulesToSaveWrapper)
-        for p in m.modules_to_save.parameters()
-    ]
-    return copies or [p for p in parameters(vlm).values() if p.requires_grad]
+    return [p for p in parameters(vlm).values() if p.requires_grad]
