@@ -154,6 +154,7 @@ def parse_sections(
     arguments: Sequence[str] | None = None,
     headings: Mapping[str, str] = _EMPTY,
     metavars: Mapping[str, str | Sequence[str]] = _EMPTY,
+    presets: Callable[[dict[str, dict[str, Any]]], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Fill one dataclass per section from `--config file.toml` and flags, which override the file.
@@ -165,6 +166,7 @@ def parse_sections(
         arguments: the command line. The default is `sys.argv`.
         headings: field name -> heading in the help text, of that field and the next ones.
         metavars: field name -> placeholder of its value, or a tuple of the valid values.
+        presets: adds values to those that are given by the file or by flags, by section and field.
         **options: further arguments of `CommandParser`, such as `example`.
 
     Returns:
@@ -193,6 +195,8 @@ def parse_sections(
     for key, value in flags.items():
         section, name = key.split(".")
         values[section][name] = value
+    if presets is not None:
+        presets(values)
     return {name: _built(cls, values[name]) for name, cls in sections.items()}
 
 

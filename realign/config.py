@@ -1,27 +1,36 @@
 """Settings of a training run: a typed tree, filled from TOML and flags.
 
 The `[section]` tables of `--config file.toml` match the classes below. Every field is also a flag
-of the same name with dashes (`learning_rate` -> `--learning-rate`). Flags override the file.
+of the same name with dashes (`learning_rate` -> `--learning-rate`). Flags override the file, and
+the file overrides `--recipe`.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import get_type_hints
 
 import torch
 
+from realign import recipes
 from realign.cli import parse_sections
 from realign_kernels import Objective, objectives
 
-RECIPES = ("paper",)
 TUNED = ("lora", "full")
 DTYPES = ("auto", "fp32", "bf16")
 QUANTIZE = ("4bit", "8bit")
 ATTENTIONS = ("auto", "tree", "flash", "sdpa", "eager", "flex")
+SCHEDULES = ("cosine", "linear", "constant")
+OF_TORCH = ("adamw", "sgd")
+"""Optimizers that FSDP2 can shard."""
+PAGED = ("paged_adamw_8bit", "paged_adamw_32bit")
+OF_ADAM = ("adamw", "adamw_8bit", *PAGED)
+"""Optimizers with Adam's betas."""
+OPTIMIZERS = (*OF_TORCH, "adafactor", "adamw_8bit", *PAGED, "lion", "lion_8bit")
 
 HEADINGS = {
     "model": "Model",
@@ -35,13 +44,23 @@ HEADINGS = {
 }
 """First field of a group in the help text -> its heading."""
 METAVARS = {
-    "recipe": RECIPES,
+    "recipe": tuple(recipes.RECIPES),
     "tune": TUNED,
     "dtype": DTYPES,
     "attention": ATTENTIONS,
     "quantize": QUANTIZE,
     "lora_rank": "N",
     "lora_alpha": "SCALE",
+    "lora_targets": "NAMES",
+    "lora_dropout": "SHARE",
+    "reference_model": "MODEL",
+    "projector_learning_rate": "RATE",
+    "min_learning_rate": "RATE",
+    "schedule": SCHEDULES,
+    "optimizer": "NAME",
+    "adam_beta1": "BETA",
+    "adam_beta2": "BETA",
+    "adam_epsilon": "EPSILON",
     "pairs": "PATH",
     "objective": "NAME",
     "loss_weights": "W,W,...",
@@ -78,12 +97,25 @@ class ModelConfig:
     """Weights to train: 'lora' trains adapters on all linear layers of the language model, 'full'
     trains the weights themselves."""
     recipe: str | None = None
-    """Recipe 'paper' sets the paper's values: LoRA of rank 128 with alpha 256, and a learning rate
-    of 1e-5 for any model. Its other values are the defaults. Options that are given override it."""
+    """Values in place of the defaults: 'paper' has the settings of the paper, 'recommended' those
+    that did best in docs/study.md. Options that are given override them. --dry-run prints them."""
+    reference_model: str | None = None
+    """Folder or Hub name of another model that computes the reference log-probs, with the same
+    processor. Without it, the reference is the model before its first step."""
     lora_rank: int | None = None
     """Rank of the LoRA matrices. Without it, 32, or the recipe's."""
     lora_alpha: float | None = None
     """LoRA scale alpha. Without it, twice the rank."""
+    lora_targets: str = "all-linear"
+    """Layers that get LoRA: 'all-linear' is all of the language model. 'q_proj,v_proj' are ends of
+    names, and anything else is a regular expression of whole names, as in PEFT. A name that the
+    language model lacks is searched in the rest of the model."""
+    lora_dropout: float = 0.0
+    """Share of the inputs of LoRA that is dropped in training. 0 turns it off."""
+    use_rslora: bool = False
+    """Scale the update of LoRA by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
+    use_dora: bool = False
+    """Train the size of each output's weights apart from their direction (DoRA)."""
     train_vision: bool = False
     """Train the vision tower too, with --tune full. By default it is frozen."""
     dtype: str = "auto"
@@ -99,6 +131,19 @@ class ModelConfig:
     as does --compile without the flash kernel. 'flash' is 'tree' and requires that kernel. 'sdpa'
     and 'eager' use a mask. 'flex' needs CUDA and skips masked pairs, so rows can be long. 'auto' is
     'tree'."""
+
+    @property
+    def how(self) -> str:
+        """The trained weights in words."""
+        if self.tune == "full":
+            vision = "" if self.train_vision else " except the vision tower's"
+            return f"all weights{vision}"
+        assert self.lora_alpha is not None
+        where = "the language model" if self.lora_targets == "all-linear" else self.lora_targets
+        more = [f"dropout {self.lora_dropout:g}"] * bool(self.lora_dropout)
+        more += ["rsLoRA"] * self.use_rslora + ["DoRA"] * self.use_dora
+        line = f"LoRA on {where}, rank {self.lora_rank}, alpha {self.lora_alpha:g}"
+        return ", ".join([line, *more])
 
     def __post_init__(self) -> None:
         _one_of("tune", self.tune, TUNED)
@@ -116,19 +161,38 @@ class ModelConfig:
                 "Add --dtype bf16, or use --attention tree."
             )
         if self.recipe is not None:
-            _one_of("recipe", self.recipe, RECIPES)
+            _one_of("recipe", self.recipe, tuple(recipes.RECIPES))
         if self.tune == "lora" and self.train_vision:
             _no_effect("train_vision", "LoRA trains the language model only", "add --tune full")
         if self.tune == "full":
             if (self.lora_rank, self.lora_alpha) != (None, None):
                 _no_effect("--lora-rank or --lora-alpha", "there is no LoRA", "use --tune lora")
+            for name, default in (
+                ("lora_targets", "all-linear"),
+                ("lora_dropout", 0.0),
+                ("use_rslora", False),
+                ("use_dora", False),
+            ):
+                if getattr(self, name) != default:
+                    _no_effect(name, "there is no LoRA", "use --tune lora")
             return
         if self.lora_rank is None:
-            self.lora_rank = 128 if self.recipe == "paper" else 32
+            self.lora_rank = 32
         if self.lora_alpha is None:
             self.lora_alpha = 2.0 * self.lora_rank
         _positive("lora_rank", self.lora_rank)
         _positive("lora_alpha", self.lora_alpha)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be from 0 to below 1.")
+        if not self.lora_targets.strip(" ,"):
+            raise ValueError("lora_targets is empty. Give names of layers, or 'all-linear'.")
+        try:
+            re.compile(self.lora_targets)
+        except re.error as error:
+            raise ValueError(
+                f"lora_targets is {self.lora_targets!r}, neither names nor a regular expression "
+                f"({error}). Write names, such as q_proj,v_proj."
+            ) from error
 
 
 @dataclass
@@ -271,11 +335,28 @@ _LOSS_SETTINGS = {
 @dataclass
 class OptimConfig:
     learning_rate: float = 0.0
-    """Peak learning rate of AdamW. 0 is 1e-5, or 5e-5 for the digits model without --recipe."""
+    """Peak learning rate. 0 is 1e-5, or 5e-5 for the digits model without --recipe."""
+    projector_learning_rate: float = 0.0
+    """Peak learning rate of the projector between tower and language model. With LoRA, the
+    projector is trained in full and saved with the adapter. 0 freezes it with LoRA, and is
+    --learning-rate with --tune full."""
+    schedule: str = "cosine"
+    """Learning rate after the warm-up: 'cosine' and 'linear' end at --min-learning-rate."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the last step. That of the projector ends at the same share of its peak."""
+    optimizer: str = "adamw"
+    """Optimizer: adamw, sgd, adafactor, or one of bitsandbytes: adamw_8bit, paged_adamw_8bit,
+    paged_adamw_32bit, lion, lion_8bit. Those after sgd need one process without --fsdp."""
+    adam_beta1: float = 0.9
+    """Beta 1 of AdamW: decay of the mean of gradients."""
+    adam_beta2: float = 0.999
+    """Beta 2 of AdamW: decay of the mean of squared gradients."""
+    adam_epsilon: float = 1e-8
+    """Epsilon of AdamW, which is added to the denominator."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW. 0 turns it off."""
+    """Weight decay. 0 turns it off."""
     warmup: float = 0.03
-    """Share of the steps in which the learning rate rises linearly. A cosine to zero follows."""
+    """Share of the steps in which the learning rate rises linearly, under each schedule."""
     clip: float = 1.0
     """Norm that gradients are clipped to. 0 turns clipping off."""
     batch_size: int = 32
@@ -288,12 +369,25 @@ class OptimConfig:
     """Steps to train, instead of --epochs. 0 uses --epochs."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "epochs"):
+        for name in ("batch_size", "micro_batch_size", "epochs", "adam_epsilon"):
             _positive(name, getattr(self, name))
-        for name in ("learning_rate", "weight_decay", "warmup", "clip", "steps"):
+        for name in (
+            "learning_rate", "projector_learning_rate", "min_learning_rate", "weight_decay",
+            "warmup", "clip", "steps",
+        ):  # fmt: skip
             _not_negative(name, getattr(self, name))
         if self.warmup > 1:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, 1 at most.")
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        if self.schedule == "constant" and self.min_learning_rate:
+            _no_effect("min_learning_rate", "the rate is constant", "use --schedule cosine")
+        for name, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
+            value = getattr(self, name)
+            if name != "adam_epsilon" and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; it must be from 0 to below 1.")
+            if value != default and self.optimizer not in OF_ADAM:
+                _no_effect(name, f"{self.optimizer} is no AdamW", "use --optimizer adamw")
 
 
 @dataclass
@@ -445,6 +539,9 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        if self.model.reference_model and not self.loss.build().needs_reference:
+            what = f"{self.loss.terms} needs no reference"
+            _no_effect("--reference-model", what, "use --objective dpo")
         if self.run.merge and self.model.tune == "full":
             _no_effect("--merge", "there is no adapter to merge", "use --tune lora")
         if self.run.cache_vision and self.model.tune == "full":
@@ -459,11 +556,50 @@ class TrainConfig:
             )
         sharded = self.scale.fsdp or self.scale.cpu_offload
         check_quantize(self.model.quantize, sharded=sharded)
+        self._check_optimizer()
+        if self.run.cache_vision and self.optim.projector_learning_rate:
+            raise ValueError(
+                "--cache-vision keeps image features as the projector returns them, and "
+                "--projector-learning-rate trains it. Leave one of them out. A recipe's rate is "
+                "turned off by --projector-learning-rate 0."
+            )
         if self.model.attention == "auto":
             self.model.attention = "tree"
         if self.optim.learning_rate == 0:
             digits = self.model.model is None and self.model.recipe is None
             self.optim.learning_rate = 5e-5 if digits else 1e-5
+        if self.optim.min_learning_rate > self.optim.learning_rate:
+            raise ValueError(
+                f"--min-learning-rate is {self.optim.min_learning_rate:g}, above "
+                f"--learning-rate, {self.optim.learning_rate:g}. Lower it."
+            )
+
+    def _check_optimizer(self) -> None:
+        """Check that these ranks and this device can run the optimizer.
+
+        Raises:
+            ValueError: for FSDP2, a CPU or a missing package. The message names the optimizer.
+        """
+        name = self.optim.optimizer
+        if name in OF_TORCH:
+            return
+        if self.sharded:
+            why = "--fsdp or --cpu-offload"
+            if not (self.scale.fsdp or self.scale.cpu_offload):
+                why = "--tune full in bf16"
+            raise ValueError(
+                f"--optimizer {name} keeps a state that FSDP2 cannot shard, and {why} uses FSDP2. "
+                "Use --optimizer adamw, or one process with LoRA or --dtype fp32."
+            )
+        if name == "adafactor":
+            return
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"--optimizer {name} needs bitsandbytes, which is not installed. Run "
+                "`pip install 'realign[quantize]'`."
+            )
+        if name in PAGED and not torch.cuda.is_available():
+            _no_effect(f"--optimizer {name}", "a CPU has no pages", f"use {name[6:]}")
 
     @property
     def sharded(self) -> bool:
@@ -488,6 +624,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     """
     sections = parse_sections(
         get_type_hints(TrainConfig),
+        presets=recipes.fill,
         prog="python -m realign.train",
         description="Align a vision-language model with rDPO. Without --model and --pairs, the "
         "shipped model of handwritten digits is trained.",

@@ -33,6 +33,8 @@ from realign.training.setup import Run, reference_pass, restore, set_up
 from realign.training.step import train_steps
 from realign.training.trackers import check_packages
 
+_DIGESTS = {"base": "base weights", "pairs": "records", "reference": "reference weights"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, with its own workers under --fsdp. Returns an exit code."""
@@ -131,7 +133,7 @@ def export(run: Run) -> Path:
             adapter=run.adapter is not None and not config.run.merge,
             records=len(inputs.training),
             images=inputs.training_images,
-            digests={"base weights": run.digests["base"], "records": run.digests["pairs"]},
+            digests={about: run.digests[n] for n, about in _DIGESTS.items() if run.digests[n]},
             last=next((entry for entry in entries if not is_evaluation(entry)), {}),
             held_out=held_out_facts(run, step, entries),
         )

@@ -44,12 +44,16 @@ class RDPOConfig(TrainingArguments):
         reference_cache: folder of reference log-probs. The default is $REALIGN_CACHE/reference, or
             ~/.cache/realign/reference.
         learning_rate: peak learning rate. The default is the paper's.
+        projector_learning_rate: peak learning rate of the projector, in groups of its own. 0 trains
+            it at `learning_rate`, if it is trained. With `peft_config`, name its modules in
+            `modules_to_save`.
         logging_nan_inf_filter: off, since it reads two values from the device in each micro-batch.
             A loss that is not finite is an error here.
         use_cpu: on without a GPU, so that several processes also work on a CPU.
     """
 
     learning_rate: float = 1e-5
+    projector_learning_rate: float = 0.0
     logging_nan_inf_filter: bool = False
     objective: str = "rdpo"
     loss_weights: list[float] | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from realign.data import sources
@@ -19,6 +20,7 @@ from realign.data.record_table import RecordTable, open_converted, open_table, t
 from realign.data.records import Record
 from realign.files import read_json
 from realign.hf.records import records_of, stream_rows
+from realign.modeling import projector
 from realign.modeling.forest import Example
 from realign.modeling.loading import adapter_base, from_pretrained
 from realign.modeling.model import ForestModel
@@ -35,6 +37,32 @@ class Module(ForestModel):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self.vlm.gradient_checkpointing_enable(*args, **kwargs)
+
+
+def give_projector_a_rate(optimizer: torch.optim.Optimizer, module: nn.Module, rate: float) -> None:
+    """Move the projector's parameters to groups of their own, with the same other settings.
+
+    Args:
+        optimizer: an optimizer before its first step.
+        module: the model that is trained, a `Module`.
+        rate: learning rate of the projector.
+
+    Raises:
+        ValueError: when no parameter of the projector is trained.
+    """
+    vlm = module.get_submodule("vlm")
+    apart = set(projector.trained(vlm))
+    if not apart:
+        names = projector.modules_to_save(vlm)
+        raise ValueError(
+            "projector_learning_rate would have no effect: the projector is frozen. Leave it out, "
+            f"or set modules_to_save={names} in peft_config."
+        )
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if p in apart]
+        if own:
+            group["params"] = [p for p in group["params"] if p not in apart]
+            optimizer.add_param_group(group | {"params": own, "lr": rate})
 
 
 def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -190,6 +190,17 @@ class RDPOTrainer(Trainer):
         weights_dtype = dtype if peft_config is not None else torch.float32
         return load_model(model, weights_dtype, attends)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`, with groups of their own for the projector.
+
+        Raises:
+            ValueError: for a `projector_learning_rate` without a trained projector.
+        """
+        made, optimizer = self.optimizer is None, super().create_optimizer(model)
+        if made and (rate := self.args.projector_learning_rate):
+            parts.give_projector_a_rate(optimizer, self.accelerator.unwrap_model(self.model), rate)
+        return optimizer
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, after missing reference log-probs are computed."""
         self._fill_references()

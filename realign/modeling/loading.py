@@ -29,7 +29,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from realign.data.errors import short_error
 from realign.distributed import disable_cudnn_attention
-from realign.modeling import lora, lora_experts, lora_targets, quantized
+from realign.modeling import lora, lora_experts, lora_targets, projector, quantized
 from realign.modeling.attention import implementations
 from realign.modeling.limits import TooLarge, limited
 from realign.modeling.merging import adapter_base, cast, merge, put_on
@@ -270,22 +270,25 @@ def _is_model(auto_class: type) -> bool:
     return issubclass(auto_class, PreTrainedModel | _BaseAutoModelClass)
 
 
-def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
+def add_lora(model: PreTrainedModel, rank: int, alpha: float, **options: Any) -> PeftModel:
     """Put LoRA on all linear layers and fused experts of the language model, and freeze the rest.
 
     Args:
         model: the model, which is changed in place.
         rank: rank of linear layers. `lora_targets.config_for` gives that of experts.
         alpha: the update is scaled by alpha / rank.
+        options: other layers, dropout and variants, see `lora_targets.config_for`.
 
     Raises:
-        ValueError: if PEFT puts LoRA on other layers.
+        ValueError: for options that the layers do not support, and if PEFT chooses other layers.
     """
+    wanted = lora_targets.chosen(model, options.get("targets", lora_targets.ALL))
     with lora_targets.unwarned():
-        adapted = get_peft_model(model, lora_targets.config_for(model, rank, alpha))
-    lora_targets.check(model)
+        adapted = get_peft_model(model, lora_targets.config_for(model, rank, alpha, **options))
+    lora_targets.check(model, wanted, options.get("save", ()))
     lora.use(adapted)
     lora_experts.use(adapted)
+    projector.use(adapted)
     return adapted
 
 

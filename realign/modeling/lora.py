@@ -50,18 +50,21 @@ def forward(
     (name,) = layer.active_adapters
     base = layer.base_layer
     factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+    dropout = layer.lora_dropout[name]
+    drops = dropout.training and type(dropout) is nn.Dropout
+    dropped = dropout(x) if drops else None
     if quantized.is_quantized(base):
         a, b = (factor.to(x.dtype) for factor in factors)
-        rows = x.flatten(0, -2)
-        out = torch.addmm(base(rows), rows.mm(a.t()), b.t(), alpha=layer.scaling[name])
+        down = (x if dropped is None else dropped).flatten(0, -2).mm(a.t())
+        out = torch.addmm(base(x.flatten(0, -2)), down, b.t(), alpha=layer.scaling[name])
         return out.view(*x.shape[:-1], -1)
-    return AdaptedLinear.apply(x, base.weight, base.bias, *factors, layer.scaling[name])
+    return AdaptedLinear.apply(x, base.weight, base.bias, *factors, layer.scaling[name], dropped)
 
 
 def _is_plain(layer: Any, x: Tensor) -> bool:
     """Whether the layer adds one adapter's product to a frozen base, in one dtype.
 
-    Layers with variants (DoRA), trained biases, dropout, autocast or hooks are not plain.
+    Layers with variants (DoRA), trained biases, autocast or hooks are not plain.
     """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
@@ -74,7 +77,7 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     hooks = base._forward_hooks, base._forward_pre_hooks
     if any(hooks) or base._backward_hooks or base._backward_pre_hooks:
         return False
-    if type(layer.lora_dropout[name]) is not nn.Identity or x.dim() == 1:
+    if type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout) or x.dim() == 1:
         return False
     if torch.is_autocast_enabled(x.device.type):
         return False
@@ -82,7 +85,7 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """`x W' + bias + scaling x A' B'`, with W and bias frozen."""
+    """`x W' + bias + scaling d A' B'`, with W and bias frozen. d is x, or x after dropout."""
 
     @staticmethod
     def forward(
@@ -93,26 +96,33 @@ class AdaptedLinear(torch.autograd.Function):
         a: Tensor,  # (rank, H)
         b: Tensor,  # (O, rank)
         scaling: float,
+        dropped: Tensor | None = None,  # (..., H)
     ) -> Tensor:  # (..., O)
         a, b, rows = a.to(x.dtype), b.to(x.dtype), x.flatten(0, -2)
-        down = rows.mm(a.t())
+        inputs = rows if dropped is None else dropped.flatten(0, -2)
+        down = inputs.mm(a.t())
         out = F.linear(rows, weight, bias).addmm_(down, b.t(), alpha=scaling)
-        ctx.save_for_backward(rows, weight, a, b, down)
+        ctx.save_for_backward(inputs, weight, a, b, down)
+        ctx.drops = dropped is not None
         ctx.scaling = scaling
         return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, down = ctx.saved_tensors
+        inputs, weight, a, b, down = ctx.saved_tensors
         shape, grad = grad.shape, grad.flatten(0, -2)
         down_grad = grad.mm(b)
-        x_grad = None
+        x_grad = dropped_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = grad.mm(weight).addmm_(down_grad, a, alpha=ctx.scaling)
-            x_grad = x_grad.view(*shape[:-1], rows.shape[1])
+            x_grad = grad.mm(weight)
+            if ctx.drops:
+                dropped_grad = down_grad.mm(a).mul_(ctx.scaling).view(*shape[:-1], a.shape[1])
+            else:
+                x_grad.addmm_(down_grad, a, alpha=ctx.scaling)
+            x_grad = x_grad.view(*shape[:-1], a.shape[1])
         # beta=0 ignores `factor`; alpha scales the product without another pass.
         a_grad, b_grad = (
             factor.addmm(left.t(), right, beta=0, alpha=ctx.scaling)
-            for factor, left, right in ((a, down_grad, rows), (b, grad, down))
+            for factor, left, right in ((a, down_grad, inputs), (b, grad, down))
         )
-        return x_grad, None, None, a_grad, b_grad, None
+        return x_grad, None, None, a_grad, b_grad, None, dropped_grad

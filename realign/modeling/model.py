@@ -19,13 +19,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from realign.distributed import most_of_ranks
-from realign.modeling import norms, start_check, tree_attention
+from realign.modeling import norms, projector, start_check, tree_attention
 from realign.modeling.attention import forest_mask, suitable
 from realign.modeling.forest import Example, ForestBatch
 from realign.modeling.images import Features, Images, ImageStore, features, in_slots
 from realign.modeling.layouts import (
     SLIDING,
-    frozen_by_default,
     image_tower,
     layout_of,
     repeated,
@@ -38,9 +37,6 @@ from realign_kernels import (
     linear_logprobs,
     linear_preference_loss,
 )
-
-_JOINS = ("merger.", "deepstack_merger_list.")
-"""Prefixes of the tower layers that project to the language model (Qwen, GLM)."""
 
 
 class NonFiniteRecords(ValueError):
@@ -92,9 +88,7 @@ class ForestModel(nn.Module):
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters of towers that are not trained, and of parts that images do not use."""
-        parts = frozen_by_default(self.vlm, self._train_vision)
-        named = [named for part in parts for named in part.named_parameters()]
-        return [parameter for name, parameter in named if not name.startswith(_JOINS)]
+        return projector.frozen_parameters(self.vlm, self._train_vision)
 
     @property
     def layers(self) -> list[nn.Module]:

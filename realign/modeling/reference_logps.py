@@ -99,14 +99,14 @@ def description(
         "matmul": torch.get_float32_matmul_precision(),
         "logits": "rounded" if _logits_are_rounded(dtype, device) else "exact",
         "decoder": decoder(),
-        "processor": _processor_digest(processor),
+        "processor": processor_digest(processor),
         "config": _digest(_without(vlm.config.to_dict(), _NO_EFFECT)),
         "transformers": transformers.__version__,
         "layout": _LAYOUT,
     } | ({"quantize": quantized.describe(quantize)} if quantize else {})
 
 
-def _processor_digest(processor) -> str:
+def processor_digest(processor) -> str:
     """Digest of the classes and settings that turn pixels into inputs of the model."""
     image_processor = processor.image_processor
     classes = [type(processor).__qualname__, type(image_processor).__qualname__]

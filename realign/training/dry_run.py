@@ -12,27 +12,29 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
 
-from realign import distributed
+from realign import distributed, recipes
 from realign.config import TrainConfig
 from realign.data.errors import short_error
 from realign.modeling import attention, quantized, reference_logps
 from realign.modeling.attention import row_budget
 from realign.modeling.forest import Example, ForestBatch, build_batch
 from realign.modeling.images import ImageStore
-from realign.modeling.loading import DTYPES, add_lora, load_model
+from realign.modeling.loading import DTYPES, load_model
 from realign.modeling.model import ForestModel
-from realign.training import fsdp, held_out, memory
+from realign.training import fsdp, held_out, memory, optimizers
 from realign.training.checkpoint import Checkpoints
 from realign.training.export import stored_dtype
+from realign.training.reference import check_encodings
 from realign.training.run_dir import base_of, check_settings, steps_done
 from realign.training.schedule import batches, rank_slice, total_steps
-from realign.training.setup import training_inputs
+from realign.training.setup import add_adapters, training_inputs
 from realign.training.step import micro_batches
 from realign.training.throughput import WORK, cost_of, image_flop, process_memory, work_of
 from realign_kernels import ReferenceCache, refcache
@@ -60,7 +62,9 @@ def make(config: TrainConfig, prepare_pairs: Callable[[TrainConfig], Path]) -> s
         pairs = prepare_pairs(config if pairs_of_run.exists() else scratch_config)
         config, reason = with_checkpointing(config, pairs)
         plan = Plan(config, pairs)
-        rows = plan.model_rows() | plan.forest() | {"steps": plan.schedule()} | plan.evaluation()
+        recipe = config.model.recipe
+        rows = recipes.rows(recipe, config.to_dict()) if recipe else {}
+        rows |= plan.model_rows() | plan.forest() | {"steps": plan.schedule()} | plan.evaluation()
         rows |= {"checkpointing": reason} if reason else {}
         rows |= plan.memory(imports) | {"time": plan.duration(), "disk": plan.disk()}
     width = max(map(len, rows))
@@ -145,9 +149,13 @@ class Plan:
         inputs = training_inputs(config, pairs, self.layout_attention, meta=True)
         self.model, self.objective = inputs.model, inputs.objective
         self.examples, self.store, self.vlm = inputs.examples, inputs.store, inputs.model.vlm
+        other = inputs
+        if path := config.model.reference_model:
+            load = partial(training_inputs, config, pairs, self.layout_attention, meta=True)
+            check_encodings(inputs, other := load(base=path), path)
         self.description = reference_logps.description(
-            self.vlm,
-            inputs.processor,
+            other.model.vlm,
+            other.processor,
             self.dtype,
             self.device,
             config.scale.kernels,
@@ -159,8 +167,7 @@ class Plan:
         layers = quantized.linears(self.vlm) if config.model.quantize else []
         self.quantized = [layer.get_parameter("weight") for layer in layers]
         if self.lora:
-            assert config.model.lora_rank is not None and config.model.lora_alpha is not None
-            add_lora(self.vlm, config.model.lora_rank, config.model.lora_alpha)
+            add_adapters(self.model, config)
         fsdp.wrap_layers(
             fsdp.trained_layers(self.model),
             compiled=False,  # compiled layers keep the same tensors
@@ -169,6 +176,8 @@ class Plan:
         self.cost = cost_of(self.model, self.per_image_token)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.learning = sum(p.numel() for p in self.trained)
+        state = optimizers.state_bytes(config.optim, self.learning)
+        self.checkpoint = 4 * self.learning + state  # bytes
         self.trained_records, self.held_out = inputs.training, inputs.held_out
         self.trained_images = inputs.training_images
         self.total = total_steps(len(self.trained_records), config.optim)
@@ -229,7 +238,6 @@ class Plan:
     def model_rows(self) -> dict[str, str]:
         """Rows for objective, model and trained parameters."""
         settings, kind = self.config.model, self.vlm.config
-        how = f"LoRA of rank {settings.lora_rank} on the language model" if self.lora else "full"
         stored = settings.dtype
         if settings.quantize:
             stored = f"{sum(w.numel() for w in self.quantized):,} of them in {settings.quantize}, "
@@ -241,7 +249,8 @@ class Plan:
             "objective": f"{self.objective.name}, {len(self.objective.leaves)} leaves",
             "model": f"{self.base}: {kind.model_type}, {self.parameters:,} parameters, "
             f"{stored}, {self.model.attention} attention, {sharing}",
-            "trains": f"{how}: {self.learning:,} parameters, {self.learning / everything:.1%}",
+            "trains": f"{settings.how}: {self.learning:,} parameters, "
+            f"{self.learning / everything:.1%}",
         }
 
     def forest(self) -> dict[str, str]:
@@ -263,7 +272,8 @@ class Plan:
             f"sequences: {1 - tokens / separate:.1%} saved",
             "rows": f"{np.mean([layout.rows for layout in self.layouts]):.1f} in a forward, "
             f"{1 - tokens / cells:.1%} padding",
-            "references": f"{distinct:,} distinct leaves, {cached:,} of them known{folder}",
+            "references": f"{distinct:,} distinct leaves, {cached:,} of them known{folder}"
+            + (f", of {other}" if (other := self.config.model.reference_model) else ""),
         }
 
     def _cached_leaves(self, leaves) -> tuple[int, str]:
@@ -349,7 +359,7 @@ class Plan:
             heap=memory.HEAP if self.device.type == "cpu" else 1.0,
         )
         if self.device.type == "cpu":
-            parts["checkpoint being written"] = 12 * (self.learning // self.shards)
+            parts["checkpoint being written"] = self.checkpoint // self.shards
             parts["images"] = min(len(self.store) * image, ImageStore.CACHE_BYTES)
             parts["process"] = memory.PROCESS
         return {name: size for name, size in parts.items() if size}
@@ -384,7 +394,7 @@ class Plan:
         while not place.exists():
             place = place.parent
         return (
-            f"{kept} checkpoints of {_gib(12 * self.learning)} (one is being written{best}), "
+            f"{kept} checkpoints of {_gib(self.checkpoint)} (one is being written{best}), "
             f"final model {_gib(final)}; {_gib(shutil.disk_usage(place).free)} free"
         )
 
@@ -440,11 +450,11 @@ def rank_memory(
         "weights": stored // shards,
         "dequantized weight": dequantized,
         "gathered weights": gathered,
-        "AdamW": 8 * (trained // shards),
+        "optimizer": optimizers.state_bytes(config.optim, trained // shards),
         "activations, gradients": max(in_step, step.gradients),
     }
-    if config.scale.cpu_offload:  # weights and AdamW are in host memory
-        parts |= {"weights": 0, "AdamW": 0, "activations, gradients": in_step}
+    if config.scale.cpu_offload:  # weights and optimizer are in host memory
+        parts |= {"weights": 0, "optimizer": 0, "activations, gradients": in_step}
     return parts
 
 

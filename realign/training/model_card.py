@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from realign.config import LossConfig, TrainConfig
+from realign.config import OF_ADAM, LossConfig, TrainConfig
 from realign_kernels import objectives
 
 _SHOWN = {
@@ -36,15 +36,29 @@ processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """The settings of a run for the card."""
     model, optim = config.model, config.optim
-    trained = "all weights" if model.train_vision else "all weights except the vision tower's"
-    if model.tune == "lora":
-        trained = f"LoRA on the language model, rank {model.lora_rank}, alpha {model.lora_alpha:g}"
-    quantized = {"base while training": f"quantized to {model.quantize}"} if model.quantize else {}
+    more: dict[str, Any] = {}
+    if model.recipe:
+        more["recipe"] = f"{model.recipe}, with the values below"
+    if model.quantize:
+        more["base while training"] = f"quantized to {model.quantize}"
+    if path := model.reference_model:
+        more["reference"] = Path(path).name if Path(path).is_dir() else path
+    if optim.projector_learning_rate:
+        more["peak learning rate of the projector"] = optim.projector_learning_rate
+    schedule = optim.schedule
+    if optim.min_learning_rate:
+        schedule += f" to {optim.min_learning_rate:g}"
+    optimizer = optim.optimizer
+    if optimizer in OF_ADAM:
+        betas = f"betas {optim.adam_beta1:g} and {optim.adam_beta2:g}"
+        optimizer += f", {betas}, epsilon {optim.adam_epsilon:g}"
     return {
         **loss_settings(config.loss),
-        "trained weights": trained,
-        **quantized,
+        "trained weights": model.how,
+        **more,
         "peak learning rate": optim.learning_rate,
+        "schedule": schedule,
+        "optimizer": optimizer,
         "weight decay": optim.weight_decay,
         "warm-up": optim.warmup,
         "gradient clipping": optim.clip,

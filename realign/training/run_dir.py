@@ -7,7 +7,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from realign.training.checkpoint import Checkpoints
 
 _FREE = {
     "row_tokens", "micro_batch_size", "model", "pairs", "split", "image_folder", "workers",
-    "recipe", "eval_pairs", "eval_split", "eval_image_folder", "early_stopping", "load_best",
+    "recipe", "reference_model", "eval_pairs", "eval_split", "eval_image_folder", "early_stopping",
+    "load_best",
 }  # fmt: skip
 """Settings that --resume may change. They have no effect beyond rounding, are paths with a digest,
 or use the best checkpoint. The values of a recipe are compared."""
@@ -124,7 +125,7 @@ def write_identity(config: TrainConfig, **digests: str) -> None:
     write_whole(Path(config.run.output) / "run.json", json.dumps(identity, indent=2) + "\n")
 
 
-def check_settings(config: TrainConfig, **digests: str) -> None:
+def check_settings(config: TrainConfig, **digests: str | None) -> None:
     """Check that a resumed run has the settings and digests that `write_identity` wrote.
 
     Raises:
@@ -142,12 +143,16 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
     settings = config.to_dict()
     sections = {name: settings[name] for name in ("model", "data", "loss", "optim", "eval")}
     sections["run"] = {"seed": settings["run"]["seed"]}
-    changed = [
-        f"{name} ({old_sections.get(section, {}).get(name)!r} -> {value!r})"
-        for section, values in sections.items()
-        for name, value in values.items()
-        if name not in _FREE and old_sections.get(section, {}).get(name) != value
-    ]
+    changed = []
+    for section, values in sections.items():
+        # A run of an earlier version lacks newer settings, which had no other value there.
+        defaults = {f.name: f.default for f in fields(getattr(config, section))}
+        old = defaults | old_sections.get(section, {})
+        changed += [
+            f"{name} ({old[name]!r} -> {value!r})"
+            for name, value in values.items()
+            if name not in _FREE and old[name] != value
+        ]
     changed += [
         f"the {name.replace('_', ' ')}"
         for name, digest in digests.items()

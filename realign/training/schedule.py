@@ -51,12 +51,25 @@ def rank_slice(batch_size: int, rank: int, ranks: int) -> slice:
 
 
 def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
-    """Learning rate of a step, counted from 0: a linear warm-up, then a cosine to zero."""
+    """Learning rate of a step, counted from 0: a linear warm-up, then the schedule.
+
+    The schedules are transformers' `cosine`, `linear` and `constant_with_warmup`. The warm-up
+    starts at 1 / warm instead of 0, so the first step is not lost.
+    """
     warm = max(1, round(optim.warmup * total))
     if step < warm:
         return optim.learning_rate * (step + 1) / warm
+    if optim.schedule == "constant":
+        return optim.learning_rate
     progress = (step - warm) / max(1, total - warm)
-    return optim.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    falls = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
+    return optim.min_learning_rate + (optim.learning_rate - optim.min_learning_rate) * falls
+
+
+def projector_rate(step: int, total: int, optim: OptimConfig) -> float:
+    """Learning rate of the projector in a step: that of the other weights, scaled to its peak."""
+    share = optim.projector_learning_rate / optim.learning_rate
+    return learning_rate(step, total, optim) * share
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

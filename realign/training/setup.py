@@ -16,7 +16,7 @@ from realign import distributed
 from realign.config import EvalConfig, LossConfig, TrainConfig
 from realign.data.ranks import first_on_machine
 from realign.data.record_table import RecordTable, open_table
-from realign.modeling import feature_cache, lora_targets, quantized, reference_logps
+from realign.modeling import feature_cache, lora_targets, projector, quantized, reference_logps
 from realign.modeling.encode import encode_table, make_objective
 from realign.modeling.examples import Examples, key_array
 from realign.modeling.feature_cache import FeatureCache
@@ -32,12 +32,12 @@ from realign.modeling.loading import (
 from realign.modeling.model import ForestModel
 from realign.modeling.reference_logps import digest_of
 from realign.progress import track
-from realign.training import fsdp, held_out
+from realign.training import fsdp, held_out, optimizers, reference
 from realign.training.checkpoint import Checkpoints
 from realign.training.run_dir import base_of, check_settings
 from realign.training.schedule import rank_slice, total_steps
 from realign.training.throughput import image_flop
-from realign_kernels import Objective, ReferenceCache, objectives
+from realign_kernels import Objective, objectives
 
 
 @dataclass
@@ -160,16 +160,23 @@ def load_inputs(
 
 
 def training_inputs(
-    config: TrainConfig, pairs: Path, attention: str, *, meta: bool, progress: bool = False
+    config: TrainConfig,
+    pairs: Path,
+    attention: str,
+    *,
+    meta: bool,
+    progress: bool = False,
+    base: str | None = None,
 ) -> Inputs:
-    """`load_inputs` with the settings of a run."""
+    """`load_inputs` with the settings of a run. `base` is another model, which is not trained."""
     dtype = DTYPES[config.model.dtype]
+    trains_all = config.model.tune == "full" and base is None
     return load_inputs(
-        base_of(config),
+        base or base_of(config),
         pairs,
         config.loss,
         dtype=dtype,
-        weights_dtype=dtype if config.model.tune == "lora" else torch.float32,
+        weights_dtype=torch.float32 if trains_all else dtype,
         attention=attention,
         meta=meta,
         quantize=config.model.quantize,
@@ -198,8 +205,10 @@ class Run:
         adapter: the PEFT model around `inputs.model.vlm`; None for full fine-tuning.
         trained: the trained parameters.
         optimizer: optimizer of the trained parameters.
-        fingerprint: fingerprint of the reference log-probs, before adapters and sharding.
-        digests: digests of base weights and pairs. They must be equal when the run is resumed.
+        fingerprint: fingerprint of the model's log-probs, before adapters and sharding.
+        digests: digests of base weights, pairs, held-out pairs and the weights of another
+            reference, "" for those that are absent. They must be equal when the run is resumed.
+        references: (L, examples) fp32 log-probs of another reference; None for the model itself.
         state: numbers that checkpoints keep and that do not follow from the step, as JSON.
         image_flop: FLOP of the vision tower per image token.
         checkpoints: checkpoints in the output folder.
@@ -213,9 +222,10 @@ class Run:
     inputs: Inputs
     adapter: PeftModel | None
     trained: list[torch.nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     fingerprint: dict[str, str]
-    digests: dict[str, str]
+    digests: dict[str, str | None]
+    references: torch.Tensor | None
     image_flop: float
     checkpoints: Checkpoints
     done: int
@@ -260,15 +270,22 @@ def set_up(
         ValueError: for an unusable model or record, and for settings that have changed since the
             run began.
     """
-    settings, rank = config.model, distributed.rank()
+    settings, optim, rank = config.model, config.optim, distributed.rank()
     progress = not config.run.quiet and rank == 0
-    local = rank_slice(config.optim.batch_size, rank, distributed.world_size())
+    local = rank_slice(optim.batch_size, rank, distributed.world_size())
     meta = rank > 0  # weights come from rank 0
-    inputs = training_inputs(config, pairs, attention, meta=meta, progress=progress)
-    model, total = inputs.model, total_steps(len(inputs.training), config.optim)
+    load = partial(training_inputs, config, pairs, attention)
+    kernels, quantize = config.scale.kernels, settings.quantize
+    digest = partial(shared_fingerprint, device=device, kernels=kernels, quantize=quantize)
+    other = None
+    if settings.reference_model:
+        other = reference.of_other_model(config, device, load, digest, progress=progress)
+    inputs = load(meta=meta, progress=progress)
+    model, total = inputs.model, total_steps(len(inputs.training), optim)
     held_out.check(config, inputs.objective, total)
-    fingerprint = shared_fingerprint(inputs, device, config.scale.kernels, settings.quantize)
-    digests = {"base": fingerprint["weights"]} | inputs.digests()
+    fingerprint = digest(inputs)
+    digests = {"base": fingerprint["weights"], "reference": other.weights if other else ""}
+    digests |= inputs.digests()
     if done:
         check_settings(config, **digests)
     adapter = None
@@ -277,14 +294,15 @@ def set_up(
         distributed.log_rank0(f"the language model is quantized: {text}")
     if settings.tune == "lora":
         torch.manual_seed(config.run.seed)
-        assert settings.lora_rank is not None and settings.lora_alpha is not None
-        adapter = add_lora(model.vlm, settings.lora_rank, settings.lora_alpha)
+        adapter = add_adapters(model, config)
         distributed.log_rank0(lora_targets.share(model.vlm))
     fsdp.place(model, config, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model is trained. Train with --lora-rank above 0.")
-    rate, decay = config.optim.learning_rate, config.optim.weight_decay
+    of_projector = projector.trained(model.vlm) if optim.projector_learning_rate else []
+    if of_projector:
+        distributed.log_rank0(projector.summary(model.vlm, optim.projector_learning_rate))
     return Run(
         config=config,
         device=device,
@@ -292,9 +310,10 @@ def set_up(
         inputs=inputs,
         adapter=adapter,
         trained=trained,
-        optimizer=torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=True),
+        optimizer=optimizers.make(optim, trained, of_projector),
         fingerprint=fingerprint,
         digests=digests,
+        references=other.logps if other else None,
         image_flop=image_flop(model.eval(), inputs.store.first(), device),
         checkpoints=checkpoints,
         done=done,
@@ -302,15 +321,49 @@ def set_up(
     )
 
 
+def add_adapters(model: ForestModel, config: TrainConfig) -> PeftModel:
+    """Add LoRA, and copies of the projector's modules if it is trained, by the settings.
+
+    Raises:
+        ValueError: for settings that the model does not support. The message names the setting.
+    """
+    settings, vlm = config.model, model.vlm
+    assert settings.lora_rank is not None and settings.lora_alpha is not None
+    adapter = add_lora(
+        vlm,
+        settings.lora_rank,
+        settings.lora_alpha,
+        targets=settings.lora_targets,
+        dropout=settings.lora_dropout,
+        rslora=settings.use_rslora,
+        dora=settings.use_dora,
+        save=projector.modules_to_save(vlm) if config.optim.projector_learning_rate else (),
+    )
+    if any(p.requires_grad for p in model.frozen_parameters()):  # adapters in the tower
+        model.freeze(train_vision=True)
+    decoder = {*vlm.model.get_decoder().parameters(), *vlm.get_output_embeddings().parameters()}
+    if config.run.cache_vision and any(
+        p.requires_grad and p not in decoder for p in vlm.parameters()
+    ):
+        raise ValueError(
+            "--cache-vision keeps image features for the whole run, and --lora-targets "
+            f"{settings.lora_targets} adapts layers that compute them. Leave one of them out."
+        )
+    return adapter
+
+
 def shared_fingerprint(
     inputs: Inputs,
     device: torch.device,
     kernels: str = "eager",
     quantize: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, str]:
-    """`reference_logps.fingerprint` on all ranks, with the weights' digest of rank 0."""
+    """`reference_logps.fingerprint` on all ranks, with the weights' digest of rank 0 if absent."""
     vlm, dtype = inputs.model.vlm, inputs.model.dtype
-    weights = distributed.broadcast_from_rank0(lambda: reference_logps.weights_digest(vlm, dtype))
+    weights = weights or distributed.broadcast_from_rank0(
+        lambda: reference_logps.weights_digest(vlm, dtype)
+    )
     processor = inputs.processor
     return reference_logps.fingerprint(vlm, processor, dtype, device, kernels, weights, quantize)
 
@@ -318,35 +371,28 @@ def shared_fingerprint(
 def reference_pass(run: Run) -> torch.Tensor:
     """Compute or look up the reference log-probs of all examples, (L, examples) fp32.
 
-    The model must be the reference: before training and restoring. Adapters are off.
+    The model must be as it was loaded: before training and restoring. Adapters are off.
     """
-    config, inputs, optim = run.config, run.inputs, run.config.optim
+    config, inputs = run.config, run.inputs
     distributed.mark_ranks_diverged()
     for line in inputs.model.check_forest(inputs.examples[0], inputs.store, run.device):
         distributed.log_rank0(line)
     if config.run.cache_vision:
         features = FeatureCache(feature_cache.default_directory(), run.fingerprint)
-        size, store = optim.micro_batch_size, inputs.store
+        size, store = config.optim.micro_batch_size, inputs.store
         feature_cache.fill(features, inputs.model, store, run.device, size, progress=run.progress)
         inputs.store.features = features
     if not inputs.objective.needs_reference:
         distributed.log_rank0(f"{inputs.objective.name} needs no reference log-probs")
         return torch.zeros(len(inputs.objective.leaves), len(inputs.examples))
-    directory = config.run.reference_cache or reference_logps.default_directory()
-    with ReferenceCache.open(directory, run.fingerprint) as cache:
-        references = reference_logps.fill(
-            cache,
-            inputs.model,
-            inputs.examples,
-            inputs.store,
-            row_tokens=config.data.row_tokens or inputs.examples.longest_tree,
-            batch_rows=optim.micro_batch_size * len(inputs.examples[0].roots),
-            device=run.device,
-            progress=run.progress,
+    references = run.references
+    if references is None:
+        references = reference.logps(
+            config, inputs, run.fingerprint, run.device, progress=run.progress
         )
     if isinstance(inputs.model, FSDPModule):
         inputs.model.reshard()  # without a backward the root stays gathered
-    return references.float()
+    return references
 
 
 def restore(run: Run) -> None:
@@ -360,15 +406,10 @@ def restore(run: Run) -> None:
             f"there is no checkpoint in {config.run.output} yet; starting at the first step"
         )
     trained, settings = sum(p.numel() for p in run.trained), config.model
-    how = (
-        "all weights"
-        if settings.tune == "full"
-        else (f"LoRA of rank {settings.lora_rank}, alpha {settings.lora_alpha:g}")
-    )
     recipe = f", recipe {settings.recipe}" * (settings.recipe is not None)
     distributed.log_rank0(
-        f"training {how}, peak learning rate {config.optim.learning_rate:g}, {settings.dtype}"
-        f"{recipe}"
+        f"training {settings.how}, peak learning rate {config.optim.learning_rate:g}, "
+        f"{settings.dtype}{recipe}"
     )
     distributed.log_rank0(
         f"{inputs.objective.name}: {len(inputs.training):,} records, {inputs.training_images:,} "

@@ -25,7 +25,7 @@ from realign.training.evaluation import Evaluations
 from realign.training.fsdp import sync_gradients
 from realign.training.metrics import shifted_mean, sums
 from realign.training.run_dir import StopSignal, write_identity
-from realign.training.schedule import batches, learning_rate, seed_step
+from realign.training.schedule import batches, learning_rate, projector_rate, seed_step
 from realign.training.setup import Run
 from realign.training.throughput import WORK, Meter, work_of
 from realign.training.trackers import Trackers
@@ -205,6 +205,8 @@ def train_step(
     seed_step(run.config.run.seed, step, distributed.rank())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step - 1, run.total, optim)
+    for group in optimizer.param_groups[1:]:
+        group["lr"] = projector_rate(step - 1, run.total, optim)
     forward_backward = partial(
         accumulate,
         model,

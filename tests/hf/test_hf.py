@@ -261,3 +261,37 @@ def test_steps_after_a_failed_evaluation_are_counted(pairs_file, tmp_path, monke
             trainer.evaluate()
     trainer.train()
     assert len(history(trainer, "rewards/margins")) == 2
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_the_projector_has_its_own_learning_rate(tune, pairs_file, tmp_path):
+    """Adam's first step moves each weight by the rate of its group, times a sign."""
+    lora = LoraConfig(**LORA, modules_to_save=["multi_modal_projector"])
+    rates = {"learning_rate": 2e-5, "projector_learning_rate": 3e-4, "max_steps": 1}
+    trainer = RDPOTrainer(
+        str(ASSETS),
+        config(tmp_path, **rates, max_grad_norm=0.0),
+        str(pairs_file),
+        peft_config=lora if tune == "lora" else None,
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    moved = {
+        name: float((p.detach() - before[name]).abs().max())
+        for name, p in trainer.model.named_parameters()
+        if name in before
+    }
+    largest = {
+        apart: max(v for n, v in moved.items() if ("multi_modal_projector" in n) == apart)
+        for apart in (True, False)
+    }
+    assert largest == {True: pytest.approx(3e-4, rel=0.01), False: pytest.approx(2e-5, rel=0.01)}
+    assert len(trainer.optimizer.param_groups) == 4  # with and without weight decay
+
+
+def test_a_rate_for_a_frozen_projector_is_an_error(pairs_file, tmp_path):
+    given = config(tmp_path, projector_learning_rate=3e-4, max_steps=1)
+    trainer = RDPOTrainer(str(ASSETS), given, str(pairs_file), peft_config=LoraConfig(**LORA))
+    message = r"no effect: the projector is frozen.*modules_to_save=\['model.multi_modal_projector"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()

@@ -133,10 +133,10 @@ def test_adapters_in_fp32_beside_a_base_in_bf16():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lora_dropout": 0.5}, {"autocast": True}, {"use_dora": True}, {"lora_bias": True}],
+    [{"autocast": True}, {"use_dora": True}, {"lora_bias": True}],
     ids=str,
 )
-def test_dropout_autocast_and_variants_are_left_to_peft(settings):
+def test_autocast_and_variants_are_left_to_peft(settings):
     autocast = settings.get("autocast", False)
     plain, inplace, _ = layers(bias=True, **({} if autocast else settings))
     results = []
@@ -145,6 +145,20 @@ def test_dropout_autocast_and_variants_are_left_to_peft(settings):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             results.append(run(model, torch.float32))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_dropout_drops_the_inputs_that_pefts_layer_drops():
+    plain, inplace, _ = layers(bias=True, lora_dropout=0.5)
+    results = []
+    for model, trains in ((plain, True), (inplace, True), (inplace, False)):
+        torch.manual_seed(3)
+        results.append(run(model.train(trains), torch.float32))
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(results[1][0], results[2][0])
+    plain.eval()
+    for ours, theirs in zip(results[2], run(plain, torch.float32), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_compiled():

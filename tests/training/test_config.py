@@ -1,13 +1,13 @@
 """Every option of every command; flags, TOML files and errors in them."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import pytest
 import torch
 
 from experiments.study.__main__ import StudyConfig
-from realign import cli, config
+from realign import cli, config, recipes
 from realign.cache import CacheConfig, FillConfig
 from realign.cli import parse_sections, with_default
 from realign.demo.__main__ import DemoConfig
@@ -19,7 +19,8 @@ from realign_kernels import objectives
 # The options with their defaults, listed so that adding one is a deliberate change.
 OPTIONS = {
     config.ModelConfig: """
-        model=None tune=lora recipe=None lora_rank=None lora_alpha=None train_vision=False
+        model=None tune=lora recipe=None reference_model=None lora_rank=None lora_alpha=None
+        lora_targets=all-linear lora_dropout=0.0 use_rslora=False use_dora=False train_vision=False
         dtype=auto quantize=None attention=auto""",
     config.DataConfig: """
         pairs=None split=None image_folder=None min_pixels=None max_pixels=None
@@ -28,8 +29,9 @@ OPTIONS = {
         objective=rdpo loss_weights=None link=None beta=None visual_weight=1.0 label_smoothing=None
         gamma=None nll_weight=None discopop_tau=None""",
     config.OptimConfig: """
-        learning_rate=0.0 weight_decay=0.0 warmup=0.03 clip=1.0 batch_size=32 micro_batch_size=16
-        epochs=1.0 steps=0""",
+        learning_rate=0.0 projector_learning_rate=0.0 schedule=cosine min_learning_rate=0.0
+        optimizer=adamw adam_beta1=0.9 adam_beta2=0.999 adam_epsilon=1e-08 weight_decay=0.0
+        warmup=0.03 clip=1.0 batch_size=32 micro_batch_size=16 epochs=1.0 steps=0""",
     config.ScaleConfig: """
         fsdp=False nproc_per_node=0 replicas=1 activation_checkpointing=None cpu_offload=False
         compile=False liger=False""",
@@ -105,11 +107,18 @@ def test_the_learning_rate_suits_the_model(arguments, rate):
 
 
 def test_the_recipe_sets_the_values_of_the_paper():
-    """Xing et al., arXiv 2502.13146: rank 128, alpha 256, 1e-5, 4 x 8 records, one epoch."""
+    """Xing et al., arXiv 2502.13146: rank 128, alpha 256, 1e-5 and 2e-5, 4 x 8 records, one epoch,
+    AdamW with a cosine."""
     found = config.parse(["--recipe", "paper"])
     model, optim, loss = found.model, found.optim, found.loss
     assert (model.tune, model.lora_rank, model.lora_alpha) == ("lora", 128, 256)
+    assert (model.lora_targets, optim.optimizer, optim.schedule) == (
+        "all-linear",
+        "adamw",
+        "cosine",
+    )
     assert (optim.learning_rate, optim.warmup, optim.weight_decay) == (1e-5, 0.03, 0)
+    assert (optim.projector_learning_rate, loss.visual_weight) == (2e-5, 1)
     assert (optim.batch_size, optim.epochs, loss.objective, loss.beta) == (32, 1, "rdpo", 0.1)
     assert found.to_dict()["model"]["recipe"] == "paper"
 
@@ -131,6 +140,32 @@ def test_given_options_override_the_recipe(arguments, rank, alpha, rate, tmp_pat
     file.write_text('[model]\nrecipe = "paper"\n[optim]\nlearning_rate = 3.0\n')
     from_file = config.parse(["--config", str(file), *arguments])
     assert from_file.optim.learning_rate == (2 if rate == 2 else 3)
+
+
+def test_the_other_recipe_sets_what_did_best_in_the_study():
+    """docs/study.md: weight 2, LoRA of rank 16, and 2e-4 for rDPO on photographs."""
+    found = config.parse(["--recipe", "recommended"])
+    assert (found.loss.objective, found.loss.visual_weight) == ("rdpo", 2)
+    assert (found.model.lora_rank, found.model.lora_alpha) == (16, 32)
+    assert found.optim.learning_rate == 2e-4
+    given = ["--recipe", "recommended", "--visual-weight", "1", "--lora-rank", "32"]
+    found = config.parse(given)  # defaults that are given override it, too
+    assert (found.loss.visual_weight, found.model.lora_rank) == (1, 32)
+    assert found.model.lora_alpha == 64
+    assert config.parse(["--recipe", "recommended", "--objective", "dpo"]).loss.visual_weight == 1
+
+
+def test_the_plan_lists_a_recipe_with_its_sources_and_what_overrides_it():
+    given = ["--recipe", "paper", "--learning-rate", "3e-5", "--tune", "full", "--model", "x"]
+    rows = recipes.rows("paper", config.parse(given).to_dict())
+    assert rows["  --learning-rate"] == "1e-05; overridden: 3e-05 (paper, training details)"
+    assert rows["  --lora-rank"].startswith("128; overridden: none (paper")
+    for recipe in recipes.RECIPES.values():
+        assert all(value.source and len(value.source) > 10 for value in recipe.values)
+        options = {(v.section, v.name) for v in recipe.values}
+        assert len(options) == len(recipe.values)
+        for section, name in options:
+            assert name in asdict(getattr(config.TrainConfig(), section))
 
 
 @pytest.mark.parametrize(("cuda", "found"), [(True, "bf16"), (False, "fp32")])
@@ -273,7 +308,28 @@ def test_a_mistake_on_the_command_line_exits_with_2(arguments, capsys):
             "--cache-vision keeps.* Leave it out, or use --tune",
         ),
         (["--tune", "full", "--lora-rank", "128"], "--lora-rank or --lora-alpha would have no eff"),
-        (["--recipe", "released"], "recipe is 'released'; it must be one of paper"),
+        (["--recipe", "released"], "recipe is 'released'; it must be one of paper, recommended"),
+        (["--tune", "full", "--use-dora"], "--use-dora would have no effect: there is no LoRA"),
+        (["--tune", "full", "--lora-targets", "q"], "--lora-targets would have no effect"),
+        (["--lora-dropout", "1"], "--lora-dropout is 1.0; it must be from 0 to below 1"),
+        (["--lora-targets", "(q"], "--lora-targets is '.q', neither names nor a regular"),
+        (["--lora-targets", " , "], "--lora-targets is empty"),
+        (["--schedule", "cos"], "schedule is 'cos'; it must be one of cosine, linear, constant"),
+        (["--schedule", "constant", "--min-learning-rate", "1e-9"], "--min-learning-rate would"),
+        (["--min-learning-rate", "1"], "--min-learning-rate is 1, above --learning-rate, 5e-05"),
+        (["--optimizer", "adam"], "optimizer is 'adam'; it must be one of adamw, sgd, adafactor"),
+        (["--adam-beta1", "1"], "--adam-beta1 is 1.0; it must be from 0 to below 1"),
+        (["--adam-epsilon", "0"], "--adam-epsilon is 0.0; it must be finite and above 0"),
+        (["--optimizer", "lion", "--adam-beta2", "0.9"], "--adam-beta2 would.*: lion is no AdamW"),
+        (["--optimizer", "lion", "--fsdp"], "--optimizer lion keeps a state that FSDP2 cannot"),
+        (
+            ["--optimizer", "adafactor", "--tune", "full", "--dtype", "bf16"],
+            "and --tune full in bf16 uses FSDP2. Use --optimizer adamw",
+        ),
+        (
+            ["--recipe", "paper", "--cache-vision"],
+            "--cache-vision keeps image features as the projector returns.*-learning-rate 0",
+        ),
         (["--tune", "full", "--merge"], "--merge would have no effect.* or use --tune lora"),
         (["--beta", "0"], "beta is 0.0; it must be finite and above 0"),
         (["--beta", "nan"], "beta is nan"),

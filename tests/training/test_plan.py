@@ -265,4 +265,4 @@ def test_peak_memory_is_that_of_this_process():
 def test_a_plan_of_a_tower_that_never_learns_whole(pairs_file, tmp_path, capsys):
     words = ["--pairs", pairs_file, "--output", tmp_path / "run", "--tune", "full"]
     assert main([str(word) for word in [*words, "--train-vision", "--dry-run"]]) == 0
-    assert "full: 1,1" in capsys.readouterr().out
+    assert "all weights: 1,1" in capsys.readouterr().out
