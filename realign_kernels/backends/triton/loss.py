@@ -129,14 +129,14 @@ def encode(objective: Objective) -> Table | str:
             return f"term {term.name!r} ({type(term).__name__}) has no fused kernel"
         links.append(link(**{name: getattr(term, name) for name in own}))
     terms, leaves = objective.terms, range(len(objective.leaves))
-    ratio, mean = zip(*(KINDS[kind] for kind in (*(t.reward for t in terms), objective.reward)))
+    kinds = [KINDS[kind] for kind in (*(term.reward for term in terms), objective.reward)]
     return Table(
         weights=tuple(float(term.weight) for term in terms),
         deltas=tuple(float(link.delta) for link in links),
         shifted=tuple(link.shifted for link in links),
         scaled=tuple(term.uses_beta for term in terms),
-        ratio=ratio,
-        mean=mean,
+        ratio=tuple(ratio for ratio, _ in kinds),
+        mean=tuple(mean for _, mean in kinds),
         factors=tuple(float(dict(link.factors).get(i, 0)) for link in links for i in leaves),
         up=tuple(float(link.up) for link in links),
         down=tuple(float(link.down) for link in links),
