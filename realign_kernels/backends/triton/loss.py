@@ -252,8 +252,9 @@ def loss_kernel(
     loss = tl.zeros((), tl.float64)
     grads = tl.zeros((PADDED,), tl.float64)
     for term in tl.static_range(len(UP)):
-        factor = beta if SCALED[term] else 1.0
-        rewards, scale = score(total, base, count, factor, RATIO[term], MEAN[term])
+        rewards, scale = score(
+            total, base, count, beta if SCALED[term] else 1.0, RATIO[term], MEAN[term]
+        )
         z = tl.zeros((), tl.float64) - deltas[term]
         if SHIFTED[term] and shift is not None:
             z -= tl.load(shift)
