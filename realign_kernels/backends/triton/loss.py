@@ -212,15 +212,15 @@ def loss_kernel(
     beta,
     weights,  # K floats
     deltas,  # K floats
-    shift,  # () of any float dtype, or None: added to the deltas of shifted terms
-    SHIFTED: tl.constexpr,  # K
-    SCALED: tl.constexpr,  # K
-    RATIO: tl.constexpr,  # K + 1
-    MEAN: tl.constexpr,  # K + 1
-    FACTORS: tl.constexpr,  # K * LEAVES
-    UP: tl.constexpr,  # K
-    DOWN: tl.constexpr,  # K
-    LINEAR: tl.constexpr,  # K
+    shift,  # () of any float dtype, or None
+    SHIFTED: tl.constexpr,  # this and the next are fields of `Table`
+    SCALED: tl.constexpr,
+    RATIO: tl.constexpr,
+    MEAN: tl.constexpr,
+    FACTORS: tl.constexpr,
+    UP: tl.constexpr,
+    DOWN: tl.constexpr,
+    LINEAR: tl.constexpr,
     LEAVES: tl.constexpr,
     PADDED: tl.constexpr,  # LEAVES, up to a power of two
     DIVIDE: tl.constexpr,  # the mean over examples instead of the sum
@@ -313,7 +313,7 @@ def preference_sums(
     deltas = table.deltas
     if not isinstance(shift, Tensor):  # a new number changes arguments of the kernel, not its code
         pairs = zip(deltas, table.shifted, strict=True)
-        deltas = tuple(delta + shift if shifted else delta for delta, shifted in pairs)
+        deltas = tuple(delta + float(shift) if shifted else delta for delta, shifted in pairs)
         shift = None
     leaves, examples = reference_logps.shape
     wide = logps.new_empty((2 * leaves + len(table.weights) + 1) * examples + 1)
@@ -345,7 +345,7 @@ def preference_sums(
             finished,
             len(logps),
             examples,
-            objective.beta,
+            float(objective.beta),
             table.weights,
             deltas,
             shift,
