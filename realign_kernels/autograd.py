@@ -207,7 +207,8 @@ def _loss_kernel(objective: Objective, reduction: str, logps: Tensor) -> Callabl
     """A fused kernel from token log-probs to the loss, or None if the backend has none."""
     if reduction == "none" or logps.dtype != torch.float32:
         return None
-    return backend_for(logps).fused_loss(objective)
+    kernel = backend_for(logps).fused_loss(objective)
+    return None if isinstance(kernel, str) else kernel
 
 
 def from_tokens(

@@ -27,6 +27,8 @@ NeedsGrad = tuple[bool, bool, bool]
 """Whether hidden, weight and bias need a gradient."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Gradients of hidden, weight and bias, None if not needed."""
+NO_FUSED_LOSS = "this backend has no fused kernel"
+"""Reason for torch operations in backends other than Triton."""
 
 
 class RowStats(NamedTuple):
@@ -116,9 +118,12 @@ class Backend(Protocol):
         """values *= factor, where factor is a scalar on the device."""
         values.mul_(factor)
 
-    def fused_loss(self, objective: Objective) -> Callable | None:
-        """A kernel from token log-probs to the loss (`triton.loss.preference_sums`), or None."""
-        return None
+    def fused_loss(self, objective: Objective) -> Callable | str:
+        """A kernel from token log-probs to the loss (`triton.loss.preference_sums`).
+
+        Or the reason why torch operations compute this objective.
+        """
+        return NO_FUSED_LOSS
 
 
 def score(stats: RowStats, shard: VocabularyShard | None) -> Scores:

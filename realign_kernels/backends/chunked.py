@@ -177,7 +177,7 @@ class ChunkedBackend(Backend):
     def __init__(self, kernels: TorchKernels) -> None:
         self.kernels = kernels
 
-    def fused_loss(self, objective: Objective) -> Callable | None:
+    def fused_loss(self, objective: Objective) -> Callable | str:
         return self.kernels.fused_loss(objective)
 
     def scale(self, values: Tensor, factor: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from realign_kernels._extension import extension, missing_reason
 from realign_kernels.backends.base import Backend
 from realign_kernels.backends.chunked import ChunkedBackend
+from realign_kernels.objectives import Objective
 
 MODULES = {
     "reference": ("realign_kernels.backends.reference", "ReferenceBackend"),
@@ -147,9 +148,23 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """One line with the backend for this device and dtype, and the reason for the choice."""
+def explain(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    objective: Objective | None = None,
+) -> str:
+    """One line with the backend for this device and dtype, and the reason for the choice.
+
+    With an objective, the line also states whether one fused kernel computes its loss from token
+    log-probs, or torch operations, and the reason. Torch operations also compute reduction "none",
+    and everything under torch.compile.
+    """
     device = torch.device(device)
     choice = choose(device, dtype)
     name = str(dtype).removeprefix("torch.")
-    return f"realign_kernels: backend {choice.name} for {name} on {device.type} ({choice.reason})"
+    line = f"realign_kernels: backend {choice.name} for {name} on {device.type} ({choice.reason})"
+    if objective is None:
+        return line
+    kernel = _load(choice.name).fused_loss(objective)
+    path = f"torch operations ({kernel})" if isinstance(kernel, str) else "one fused kernel"
+    return f"{line}; loss {objective.name}: {path}"

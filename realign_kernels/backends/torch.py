@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from realign_kernels.backends.base import RowStats, Scores
+from realign_kernels.backends.base import NO_FUSED_LOSS, RowStats, Scores
 from realign_kernels.lm_head import Head
 from realign_kernels.objectives import Objective
 from realign_kernels.reference import acc_dtype
@@ -167,8 +167,9 @@ class TorchKernels:
         distinct = torch.empty_like(ordered).index_copy_(0, place, ordered)[slots]
         total[distinct] = (total[distinct] + sums[slots]).to(total.dtype)
 
-    def fused_loss(self, objective: Objective) -> Callable | None:
+    def fused_loss(self, objective: Objective) -> Callable | str:
         """See `base.Backend.fused_loss`."""
+        return NO_FUSED_LOSS
 
 
 def _with_runner_up(

@@ -337,9 +337,63 @@ def last_step(name, count, width, vocabulary, dtype):
     write(name, epilogue.scale_kernel, (epilogue.SCALE_PROGRAMS,), 8, expected)
 
 
-def preference(objective, count, examples, reduction="mean"):
-    """Launches the loss kernel."""
-    leaves, terms = len(objective.leaves), objective.terms
+# The arguments of the loss kernel that describe an objective, by hand.
+PAIR = {
+    "weights": [1.0],
+    "deltas": [0.0],
+    "shift": None,
+    "SHIFTED": [False],
+    "SCALED": [True],
+    "RATIO": [True, True],
+    "MEAN": [False, False],
+    "FACTORS": [1.0, -1.0],
+    "UP": [1.0],
+    "DOWN": [0.0],
+    "LINEAR": [0.0],
+}
+VISUAL = {
+    "weights": [1.0, 0.5],
+    "deltas": [0.0, 0.0],
+    "shift": None,
+    "SHIFTED": [False] * 2,
+    "SCALED": [True] * 2,
+    "RATIO": [True] * 3,
+    "MEAN": [False] * 3,
+    "FACTORS": [1.0, -1.0, 0.0, 1.0, 0.0, -1.0],
+    "UP": [1.0, 1.0],
+    "DOWN": [0.0, 0.0],
+    "LINEAR": [0.0, 0.0],
+}
+ANCHOR = {
+    "weights": [1.0, 0.7, 1.3],
+    "deltas": [0.0, 0.0, 0.4],
+    "shift": None,
+    "SHIFTED": [False] * 3,
+    "SCALED": [True] * 3,
+    "RATIO": [True] * 4,
+    "MEAN": [False] * 4,
+    "FACTORS": [1.0, -1.0, 0.0, 1.0, 0.0, -1.0, 1.0, 0.0, 0.0],
+    "UP": [1.0] * 3,
+    "DOWN": [0.0] * 3,
+    "LINEAR": [0.0] * 3,
+}
+PER_TOKEN = PAIR | {"deltas": [1.5], "RATIO": [False, False], "MEAN": [True, True]}
+MIXED = {
+    "weights": [0.8, 0.2, 0.2, 1.0],
+    "SHIFTED": [False, True, True, False],
+    "SCALED": [True, True, True, False],
+    "RATIO": [True, True, True, False, True],
+    "MEAN": [False, False, False, True, False],
+    "FACTORS": [1.0, -1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0],
+    "UP": [1.0, 1.0, 0.0, 0.0],
+    "DOWN": [0.0, 0.0, 1.0, 0.0],
+    "LINEAR": [0.0, 0.0, 0.0, 1.0],
+}
+
+
+def preference(objective, described, count, examples, reduction="mean"):
+    """Launches the loss kernel. `described` is the objective in arguments of the kernel."""
+    leaves = len(objective.leaves)
     logps = torch.zeros(count)
     ids = torch.zeros(count, dtype=torch.int64)
     reference = torch.zeros(leaves, examples)
@@ -347,7 +401,6 @@ def preference(objective, count, examples, reduction="mean"):
     finished = passed["finished"]
     assert finished.dtype == torch.int64 and finished.item() == 0
     assert all(finished.data_ptr() != field.data_ptr() for field in output)
-    pairs = [isinstance(term, objectives.PairSigmoid) for term in terms]
     expected = {
         "logps": logps,
         "ids": ids,
@@ -363,13 +416,10 @@ def preference(objective, count, examples, reduction="mean"):
         "rows": count,
         "examples": examples,
         "beta": objective.beta,
-        "weights": [float(term.weight) for term in terms],
-        "deltas": [0.0 if p else float(t.delta) for p, t in zip(pairs, terms, strict=True)],
-        "POSITIVE": [t.positive if p else t.leaf for p, t in zip(pairs, terms, strict=True)],
-        "NEGATIVE": [t.negative if p else -1 for p, t in zip(pairs, terms, strict=True)],
+        **described,
         "LEAVES": leaves,
         "PADDED": 1 << (leaves - 1).bit_length(),
-        "MEAN": reduction == "mean",
+        "DIVIDE": reduction == "mean",
         "BLOCK": configs.LOSS_BLOCK,
     }
     name = f"{objective.name} {reduction}"
@@ -432,10 +482,17 @@ def launch_all():
     last_step("bf16", 33792, 4096, 262144, BF16)
     last_step("fp32, ragged", 1537, 1023, 32003, FP32)
     last_step("one row", 1, 1, 1, FP32)
-    preference(objectives.dpo(0.1), 33792, 64)
-    preference(objectives.rdpo(0.2, visual_weight=0.5), 1536, 8, "sum")
-    preference(objectives.mdpo(0.2, 0.7, 1.3, delta=0.4), 4097, 3)
-    preference(objectives.dpo(0.1), 1, 1, "sum")
+    preference(objectives.dpo(0.1), PAIR, 33792, 64)
+    preference(objectives.rdpo(0.2, visual_weight=0.5), VISUAL, 1536, 8, "sum")
+    preference(objectives.mdpo(0.2, 0.7, 1.3, delta=0.4), ANCHOR, 4097, 3)
+    preference(objectives.dpo(0.1), PAIR, 1, 1, "sum")
+    preference(objectives.simpo(2.0, gamma=1.5), PER_TOKEN, 4097, 3)
+    for mean in (0.25, -0.5):  # a running mean changes in each step
+        described = MIXED | {"deltas": [0.0, mean, mean, 0.0], "shift": None}
+        preference(objectives.mpo().at(mean), described, 4097, 3)
+        shift = torch.tensor(mean, dtype=torch.float64)
+        described = MIXED | {"deltas": [0.0] * 4, "shift": shift}
+        preference(objectives.mpo().at(shift), described, 4097, 3)
     add("bf16", 33792, 4096, 32000, BF16)
     add("fp32, ragged", 1537, 1023, 32003, FP32)
     add("fp16, one row", 1, 3584, 262144, FP16)
@@ -454,7 +511,7 @@ def launch_each():
     head("pointers", 3072, 1023, 32003, options=True)
     exponentials("V odd, T, padded", 4095, 4096, 32003, temperature=1.3, pitch=4104)
     last_step("bf16", 33792, 4096, 262144, BF16)
-    preference(objectives.mdpo(0.2, 0.7, 1.3, delta=0.4), 4097, 3)
+    preference(objectives.mdpo(0.2, 0.7, 1.3, delta=0.4), ANCHOR, 4097, 3)
     add("bf16", 33792, 4096, 32000, BF16)
 
 

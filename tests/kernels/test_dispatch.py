@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import realign_kernels as rk
+from realign_kernels import objectives
 from realign_kernels.backends import dispatch
 from realign_kernels.backends.reference import ReferenceBackend
 
@@ -16,6 +17,14 @@ def test_default_and_its_reason():
     begin = "realign_kernels: backend cpp for bfloat16 on cpu (the fastest on this CPU: "
     assert line.startswith(begin)
     assert "rows, GEMM" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+def test_without_a_fused_loss_the_line_names_torch_operations(backend):
+    with rk.use_backend(backend):
+        line = rk.explain(objective=objectives.simpo())
+    assert f"backend {backend} " in line and "\n" not in line
+    assert line.endswith("; loss simpo: torch operations (this backend has no fused kernel)")
 
 
 def test_use_backend_holds_inside_the_block_and_wins_over_the_environment(monkeypatch):

@@ -91,9 +91,9 @@ def test_terms_are_evaluated_once_per_chunk(chunk_rows):
     calls = []
 
     class Counted(objectives.PairSigmoid):
-        def __call__(self, rewards):
-            calls.append(rewards.shape[1])
-            return super().__call__(rewards)
+        def __call__(self, values):
+            calls.append(values.rewards.shape[1])
+            return super().__call__(values)
 
     hidden, weight, labels, references = batch(ignored=False, trains=True)
     term = Counted(name="pair", positive=0, negative=1)

@@ -154,6 +154,12 @@ def test_launches_match_their_contracts(cases):
     assert not [wrong for wrong in found if wrong[2]]
 
 
+def test_a_new_shift_compiles_no_kernel(cases):
+    """As a number and as a tensor. Both change from step to step in a run with BCO."""
+    compiled = [case["report"] is not None for case in cases if case["case"] == "mpo mean"]
+    assert compiled == [True, True, False, False]
+
+
 def test_compiled_kernels(cases, reports_80):
     compiled = [
         (r, r["case"], r["case"].startswith("head"), r["case"] in DESCRIBED) for r in reports_80()

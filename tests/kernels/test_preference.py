@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import FLOOR, error
+from kernel_cases import DEVICE, FLOOR, error
 
 import realign_kernels as rk
 from realign_kernels import objectives
@@ -101,13 +101,24 @@ class Batch:
     ("name", "chunk_rows"), [("rdpo", 3), ("rdpo", None), ("released", 16)], ids=str
 )
 def test_examples_shorter_and_longer_than_a_chunk(setting, name, chunk_rows, trains):
+    by_chunks(setting, objectives.get(name), chunk_rows, trains)
+
+
+@pytest.mark.parametrize("setting", ["cpp-cpu-float32", f"triton-{DEVICE}-float32"], indirect=True)
+def test_counts_of_examples_shorter_than_a_chunk(setting):
+    """With a trained head, and losses from torch operations and from the fused kernel."""
+    by_chunks(setting, objectives.mpo().at(0.3), 16, True)
+
+
+def by_chunks(setting, objective, chunk_rows, trains):
     """Rows are packed in random order, with token weights."""
-    batch, objective = Batch(trains, setting.dtype, device=setting.device), objectives.get(name)
+    batch = Batch(trains, setting.dtype, len(objective.leaves), setting.device)
     g = torch.Generator().manual_seed(1)
     weights = torch.rand(batch.labels.shape, generator=g).to(setting.device)
     tokens = batch.tokens([leaf.rival for leaf in objective.leaves]) * weights
     sums = torch.where(batch.labels == -100, 0, tokens).sum(-1)
-    expected = objective(sums, batch.reference.double())
+    counts = (batch.labels != -100).sum(-1)
+    expected = objective(sums, batch.reference.double(), "mean", counts)
     order = torch.randperm(batch.labels.numel(), generator=g).to(setting.device)
     out = batch.packed(order, objective=objective, token_weights=weights, chunk_rows=chunk_rows)
     floor = 8 * FLOOR[setting.dtype]
@@ -134,7 +145,7 @@ def preset_from_hidden_states(setting, name, reduction):
 
 @pytest.mark.parametrize(
     ("name", "reduction"),
-    [("mdpo", "mean"), ("mdpo", "none"), ("released", "mean"), ("ipo", "none")],
+    [("mdpo", "mean"), ("mdpo", "none"), ("released", "mean"), ("ipo", "none"), ("mpo", "mean")],
 )
 def test_objectives_with_and_without_fused_loss(setting, name, reduction):
     preset_from_hidden_states(setting, name, reduction)

@@ -56,5 +56,6 @@ class TritonKernels(TorchKernels):
         settings = (head.bias, head.softcap, head.temperature)
         return forward.head_stats(hidden, head.weight, labels, *settings)
 
-    def fused_loss(self, objective: Objective) -> Callable | None:
-        return loss.preference_sums if loss.supports(objective) else None
+    def fused_loss(self, objective: Objective) -> Callable | str:
+        table = loss.encode(objective)
+        return table if isinstance(table, str) else loss.preference_sums

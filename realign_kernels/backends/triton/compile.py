@@ -103,8 +103,11 @@ def _head(
     forward.head_stats(hidden, weight, _long(count), bias, softcap, temperature)
 
 
-def _loss(name: str, count: int, examples: int):
+def _loss(name: str, count: int, examples: int, shift: bool = False):
+    """A launch of the loss; `shift` is a running mean on the device."""
     objective = objectives.get(name)
+    if shift:
+        objective = objective.at(_empty(dtype=torch.float64))
     logps = _empty(count, dtype=torch.float32)
     table = _empty(len(objective.leaves), examples, dtype=torch.float32)
     loss.preference_sums(logps, _long(count), table, objective)
@@ -162,6 +165,8 @@ CASES: dict[str, Callable[[], None]] = {
     "epilogue": lambda: _epilogue(4096, 4096),
     "scale": lambda: epilogue.scale(_empty(32000, 4096), _empty(dtype=torch.float32)),
     "loss": lambda: _loss("mdpo", 4096, 32),
+    "loss per token": lambda: _loss("simpo", 4096, 32),
+    "loss, shifted": lambda: _loss("mpo", 4096, 32, shift=True),
     "scatter fp32": lambda: _scatter(3072, 4096),
     "scatter bf16": lambda: _scatter(3072, 4096, torch.bfloat16),
 }

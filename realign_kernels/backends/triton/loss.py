@@ -5,6 +5,9 @@ sums need no atomics. The program that ends last adds the losses of the examples
 are bitwise deterministic.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +17,14 @@ from torch import Tensor
 
 from realign_kernels.backends.triton.configs import LOSS_BLOCK, LOSS_WARPS
 from realign_kernels.backends.triton.logits import launch
-from realign_kernels.objectives import AnchorSigmoid, Objective, PairSigmoid
+from realign_kernels.objectives import (
+    AnchorSigmoid,
+    LinearSigmoid,
+    NegativeLogLikelihood,
+    Objective,
+    PairRobust,
+    PairSigmoid,
+)
 
 
 class LossOutput(NamedTuple):
@@ -28,63 +38,110 @@ class LossOutput(NamedTuple):
     term_losses: Tensor  # (K, B) fp32, unweighted
 
 
-class Table(NamedTuple):
-    """An objective as the kernel reads it: one entry per term."""
+class Link(NamedTuple):
+    """A term as up * l(z) + down * l(-z) - linear * z, with l(z) = -log sigmoid(z).
 
-    positive: tuple[int, ...]
-    negative: tuple[int, ...]
-    """-1 in a term that compares with delta instead of another leaf."""
-    weights: tuple[float, ...]
-    deltas: tuple[float, ...]
+    z = sum of factor * reward[leaf] - delta.
+    """
 
+    factors: tuple[tuple[int, float], ...]
+    """(leaf, factor) pairs."""
+    delta: float = 0.0
+    shifted: bool = False
+    """Whether `Objective.shift` is added to delta."""
+    up: float = 0.0
+    down: float = 0.0
+    linear: float = 0.0
+
+
+def _pair(positive: int, negative: int) -> tuple[tuple[int, float], ...]:
+    return ((positive, 1.0), (negative, -1.0))
+
+
+LINKS: dict[type, Callable[..., Link]] = {
+    PairSigmoid: lambda positive, negative, label_smoothing, target: Link(
+        _pair(positive, negative), target, up=1 - label_smoothing, down=label_smoothing
+    ),
+    PairRobust: lambda positive, negative, label_smoothing: Link(
+        _pair(positive, negative),
+        up=(1 - label_smoothing) / (1 - 2 * label_smoothing),
+        down=-label_smoothing / (1 - 2 * label_smoothing),
+    ),
+    AnchorSigmoid: lambda leaf, delta, below, shifted: Link(
+        ((leaf, 1.0),), delta, bool(shifted), up=float(not below), down=float(bool(below))
+    ),
+    LinearSigmoid: lambda coefficients: Link(coefficients, up=1.0),
+    NegativeLogLikelihood: lambda leaf: Link(((leaf, 1.0),), linear=1.0),
+}
+"""Terms with a kernel. The parameters are all fields of the term that `Term` does not have.
+
+A term with a field that its entry does not name, added later, is thus rejected.
+"""
+
+KINDS = {
+    "log_ratio": (True, False),
+    "mean_log_ratio": (True, True),
+    "logp": (False, False),
+    "mean_logp": (False, True),
+}
+"""Kinds of rewards: whether they subtract the reference, and whether they divide by the count."""
 
 LEAF_FIELDS = {"response", "image", "detached", "rival"}
 """Fields of a leaf that the kernel supports. `rival` only affects the log-probs it receives."""
 
-NEUTRAL = {
-    "label_smoothing": 0,
-    "target": 0,
-    "below": False,
-    "shifted": False,
-    "reward": "log_ratio",
-}
-"""Settings that the kernel does not support, with the values that switch them off."""
+
+class Table(NamedTuple):
+    """An objective as the kernel reads it: one entry per term, and `factors` per term and leaf."""
+
+    weights: tuple[float, ...]
+    deltas: tuple[float, ...]
+    shifted: tuple[bool, ...]
+    scaled: tuple[bool, ...]
+    """Whether the rewards include beta."""
+    ratio: tuple[bool, ...]
+    """Whether the rewards subtract the reference. The last entry is for the reported rewards."""
+    mean: tuple[bool, ...]
+    """Whether the rewards divide by the count. The last entry is for the reported rewards."""
+    factors: tuple[float, ...]
+    """0 for a leaf that the term does not read."""
+    up: tuple[float, ...]
+    down: tuple[float, ...]
+    linear: tuple[float, ...]
 
 
-def _known(thing: object, *names: str) -> bool:
-    """Whether an object has only these fields and NEUTRAL fields with neutral values.
-
-    A field added to the class later is thus rejected instead of ignored.
-    """
-    rest = {name: value for name, value in vars(thing).items() if name not in names}
-    return all(name in NEUTRAL and NEUTRAL[name] == value for name, value in rest.items())
+def _fields(thing: object, *known: str) -> set[str]:
+    return set(vars(thing)) - set(known)
 
 
-def supports(objective: Objective) -> bool:
-    """Whether the kernel supports this objective: only plain PairSigmoid and AnchorSigmoid."""
-    return (
-        type(objective) is Objective
-        and _known(objective, "name", "leaves", "terms", "beta", "shift")
-        and all(set(leaf._fields) <= LEAF_FIELDS and not leaf.detached for leaf in objective.leaves)
-        and all(
-            (type(term) is PairSigmoid and _known(term, "name", "weight", "positive", "negative"))
-            or (type(term) is AnchorSigmoid and _known(term, "name", "weight", "leaf", "delta"))
-            for term in objective.terms
-        )
-    )
-
-
-def encode(objective: Objective) -> Table:
-    """The table of an objective that `supports` accepts."""
-    assert supports(objective), objective.name
-    rows = []
+@functools.lru_cache(maxsize=64)
+def encode(objective: Objective) -> Table | str:
+    """The table of an objective, or the reason why the kernel does not support it."""
+    known = _fields(objective, "name", "leaves", "terms", "beta", "shift") == set()
+    if type(objective) is not Objective or not known:
+        return f"{type(objective).__name__} {objective.name!r} has no fused kernel"
+    for leaf in objective.leaves:
+        if leaf.detached or not set(leaf._fields) <= LEAF_FIELDS:
+            return f"{leaf} has no fused kernel"
+    links = []
     for term in objective.terms:
-        if isinstance(term, PairSigmoid):
-            rows.append((term.positive, term.negative, float(term.weight), 0.0))
-        else:
-            assert isinstance(term, AnchorSigmoid)
-            rows.append((term.leaf, -1, float(term.weight), float(term.delta)))
-    return Table(*zip(*rows, strict=True))
+        link, own = LINKS.get(type(term)), _fields(term, "name", "weight", "reward")
+        if link is None or own != set(inspect.signature(link).parameters):
+            return f"term {term.name!r} ({type(term).__name__}) has no fused kernel"
+        links.append(link(**{name: getattr(term, name) for name in own}))
+    terms, leaves = objective.terms, range(len(objective.leaves))
+    kinds = [KINDS[kind] for kind in (*(term.reward for term in terms), objective.reward)]
+    return Table(
+        weights=tuple(float(term.weight) for term in terms),
+        deltas=tuple(float(link.delta) for link in links),
+        shifted=tuple(link.shifted for link in links),
+        scaled=tuple(term.uses_beta for term in terms),
+        ratio=tuple(ratio for ratio, _ in kinds),
+        mean=tuple(mean for _, mean in kinds),
+        factors=tuple(float(dict(link.factors).get(i, 0)) for link in links for i in leaves),
+        up=tuple(float(link.up) for link in links),
+        down=tuple(float(link.down) for link in links),
+        linear=tuple(float(link.linear) for link in links),
+    )
 
 
 @triton.jit
@@ -111,6 +168,33 @@ def sigmoid(x):
 
 
 @triton.jit
+def link(z, UP: tl.constexpr, DOWN: tl.constexpr, LINEAR: tl.constexpr):
+    """The loss of `Link`, and its derivative by z."""
+    loss = tl.zeros_like(z)
+    slope = tl.zeros_like(z) - LINEAR
+    if UP != 0:
+        loss += UP * softplus(-z)
+        slope -= UP * sigmoid(-z)
+    if DOWN != 0:
+        loss += DOWN * softplus(z)
+        slope += DOWN * sigmoid(z)
+    if LINEAR != 0:
+        loss -= LINEAR * z
+    return loss, slope
+
+
+@triton.jit
+def score(sums, base, counts, beta, RATIO: tl.constexpr, MEAN: tl.constexpr):
+    """Rewards of a kind of `KINDS`, and their derivatives by the sums. Not finite for count 0."""
+    scale = tl.zeros_like(sums) + beta
+    if MEAN:
+        scale /= counts
+    if RATIO:
+        sums -= base
+    return scale * sums, scale
+
+
+@triton.jit
 def loss_kernel(
     logps,  # (N,) fp32
     ids,  # (N,) int64
@@ -128,11 +212,18 @@ def loss_kernel(
     beta,
     weights,  # K floats
     deltas,  # K floats
-    POSITIVE: tl.constexpr,  # K leaves
-    NEGATIVE: tl.constexpr,  # K leaves or -1
+    shift,  # () of any float dtype, or None
+    SHIFTED: tl.constexpr,  # this and the next are fields of `Table`
+    SCALED: tl.constexpr,
+    RATIO: tl.constexpr,
+    MEAN: tl.constexpr,
+    FACTORS: tl.constexpr,
+    UP: tl.constexpr,
+    DOWN: tl.constexpr,
+    LINEAR: tl.constexpr,
     LEAVES: tl.constexpr,
     PADDED: tl.constexpr,  # LEAVES, up to a power of two
-    MEAN: tl.constexpr,
+    DIVIDE: tl.constexpr,  # the mean over examples instead of the sum
     BLOCK: tl.constexpr,
 ):
     """Computes one example, in fp64: the work is small, and results are then exact in fp32."""
@@ -151,30 +242,38 @@ def loss_kernel(
 
     real = leaves < LEAVES
     total = tl.sum(sums, 1)
+    count = tl.sum(counts, 1)
+    base = tl.load(reference + slot, real, other=0.0).to(tl.float64)
     tl.store(sums_out + slot, total.to(tl.float32), real)
-    tl.store(counts_out + slot, tl.sum(counts, 1).to(tl.int64), real)
-    rewards = beta * (total - tl.load(reference + slot, real, other=0.0).to(tl.float64))
+    tl.store(counts_out + slot, count.to(tl.int64), real)
+    rewards, _ = score(total, base, count, beta, RATIO[len(UP)], MEAN[len(UP)])
     tl.store(rewards_out + slot, rewards.to(tl.float32), real)
 
     loss = tl.zeros((), tl.float64)
     grads = tl.zeros((PADDED,), tl.float64)
-    for term in tl.static_range(len(POSITIVE)):
-        margin = pick(rewards, leaves, POSITIVE[term]) - deltas[term]
-        if NEGATIVE[term] >= 0:
-            margin -= pick(rewards, leaves, NEGATIVE[term])
-        term_loss = softplus(-margin)
+    for term in tl.static_range(len(UP)):
+        rewards, scale = score(
+            total, base, count, beta if SCALED[term] else 1.0, RATIO[term], MEAN[term]
+        )
+        z = tl.zeros((), tl.float64) - deltas[term]
+        if SHIFTED[term] and shift is not None:
+            z -= tl.load(shift)
+        for leaf in tl.static_range(LEAVES):
+            if FACTORS[term * LEAVES + leaf] != 0:
+                z += FACTORS[term * LEAVES + leaf] * pick(rewards, leaves, leaf)
+        term_loss, slope = link(z, UP[term], DOWN[term], LINEAR[term])
         tl.store(terms_out + term * examples + example, term_loss.to(tl.float32))
         loss += weights[term] * term_loss
-        grad = weights[term] * sigmoid(-margin)
-        grads += tl.where(leaves == POSITIVE[term], -grad, 0.0)
-        if NEGATIVE[term] >= 0:
-            grads += tl.where(leaves == NEGATIVE[term], grad, 0.0)
+        for leaf in tl.static_range(LEAVES):
+            if FACTORS[term * LEAVES + leaf] != 0:
+                of_sum = weights[term] * slope * FACTORS[term * LEAVES + leaf] * scale
+                grads += tl.where(leaves == leaf, of_sum, 0.0)
     tl.store(losses_out + example, loss.to(tl.float32))
 
-    scale = tl.full((), 1.0, tl.float64)
-    if MEAN:
-        scale /= examples
-    grads = grads * beta * scale
+    divisor = tl.full((), 1.0, tl.float64)
+    if DIVIDE:
+        divisor *= examples
+    grads /= divisor
     for start in range(0, rows, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < rows
@@ -193,7 +292,7 @@ def loss_kernel(
             at = start + tl.arange(0, BLOCK)
             part = tl.load(losses_out + at, at < examples, other=0.0, cache_modifier=".cg")
             parts += part.to(tl.float64)
-        tl.store(loss_out, (tl.sum(parts, 0) * scale).to(tl.float32))
+        tl.store(loss_out, (tl.sum(parts, 0) / divisor).to(tl.float32))
 
 
 def preference_sums(
@@ -209,7 +308,13 @@ def preference_sums(
     With reduction "none", `loss` is the sum, and the coefficients are those of this sum.
     """
     assert logps.dtype == torch.float32
-    table = encode(objective)
+    table, shift = encode(objective), objective.shift
+    assert isinstance(table, Table), table
+    deltas = table.deltas
+    if not isinstance(shift, Tensor):  # a new number changes arguments of the kernel, not its code
+        pairs = zip(deltas, table.shifted, strict=True)
+        deltas = tuple(delta + float(shift) if shifted else delta for delta, shifted in pairs)
+        shift = None
     leaves, examples = reference_logps.shape
     wide = logps.new_empty((2 * leaves + len(table.weights) + 1) * examples + 1)
     heights = (leaves, leaves, len(table.weights), 1)
@@ -240,14 +345,21 @@ def preference_sums(
             finished,
             len(logps),
             examples,
-            objective.beta,
+            float(objective.beta),
             table.weights,
-            table.deltas,
-            POSITIVE=table.positive,
-            NEGATIVE=table.negative,
+            deltas,
+            shift,
+            SHIFTED=table.shifted,
+            SCALED=table.scaled,
+            RATIO=table.ratio,
+            MEAN=table.mean,
+            FACTORS=table.factors,
+            UP=table.up,
+            DOWN=table.down,
+            LINEAR=table.linear,
             LEAVES=leaves,
             PADDED=triton.next_power_of_2(leaves),
-            MEAN=reduction == "mean",
+            DIVIDE=reduction == "mean",
             BLOCK=LOSS_BLOCK,
             num_warps=LOSS_WARPS,
         )
