@@ -25,7 +25,7 @@ from realign.modeling.loading import load_model, load_processor
 from realign.modeling.model import ForestModel
 from realign.train import main, train
 from realign.training import evaluation
-from realign.training.checkpoint import CheckpointError, Checkpoints
+from realign.training.checkpoint import CheckpointError
 
 FAST = ("--learning-rate", 1e-3, "--lora-rank", 4)
 KEYS = ("loss", "loss/text", "loss/visual", "rewards/margins", "rewards/accuracies")
@@ -205,17 +205,25 @@ def test_two_ranks_have_the_figures_and_the_best_of_one(files, pairs_file, tmp_p
 
 @pytest.fixture(scope="module")
 def watched(files):
-    """Settings of a run whose evaluations and checkpoints are at different steps."""
+    """Settings of a run whose evaluations and checkpoints are at different steps.
+
+    The best step is 2, which is saved after its evaluation.
+    """
     trained, held = files
     more = ("--eval-pairs", held, "--eval-every", 2, "--save-every", 3, "--keep", 1)
-    return trained, (*more, "--best-metric", "rewards/visual_margins", "--load-best", *FAST)
+    return trained, (*more, "--load-best", *FAST)
+
+
+BEST_IS_2 = [0.9, 0, 0.5, 0, 0.6, 0, 0.55]
 
 
 @pytest.fixture(scope="module")
 def whole(watched, tmp_path_factory):
     """The folder of an uninterrupted run."""
     output = tmp_path_factory.mktemp("whole")
-    run(watched[0], output, *watched[1])
+    with pytest.MonkeyPatch.context() as patch:
+        scripted(patch, BEST_IS_2)
+        run(watched[0], output, *watched[1])
     return output
 
 
@@ -265,30 +273,47 @@ def test_a_run_that_is_killed_anywhere_resumes_with_the_same_bits(watched, whole
         (kill_at_entry, 0, True),
         (kill_in_pass, 2),
         (kill_at_entry, 2, True),
+        (kill_at_entry, 3, False),  # the checkpoint of step 2 has its evaluation
         (stop_at_step, 3),  # ends step 4, whose evaluation is left to the next run
         (kill_in_pass, 4),
-        (kill_at_entry, 4, True),  # its checkpoint is older than its evaluation
+        (kill_at_entry, 4, True),
         (kill_at_entry, 5, False),
         (kill_in_pass, 6),
         (kill_at_entry, 6, True),
+        (lambda *_: None,),
     ):
         with pytest.MonkeyPatch.context() as patch:
+            scripted(patch, BEST_IS_2)
             kill(patch, *where)
-            with nullcontext() if kill is stop_at_step else pytest.raises(Killed):
+            survives = kill not in (kill_at_entry, kill_in_pass)
+            with nullcontext() if survives else pytest.raises(Killed):
                 run(watched[0], tmp_path, *watched[1], "--resume")
         found, steps = split_log(tmp_path)
         if kill is stop_at_step:
             assert [e["step"] for e in steps] == [1, 2, 3, 4]
             assert [e["step"] for e in found] == [0, 2]
-    run(watched[0], tmp_path, *watched[1], "--resume")
     logs = [without_timing(read_jsonl(one / "metrics.jsonl")) for one in (tmp_path, whole)]
     assert logs[0] == logs[1]
     assert [e["step"] for e in logs[0] if "eval/loss" in e] == [0, 2, 4, 6]
     ours, theirs = weights(tmp_path), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert kept(tmp_path) == kept(whole)
+    assert kept(tmp_path) == kept(whole) == [2, 6]
+    assert_exported(tmp_path, 2)
     last = Path("checkpoints", "step-000006", "state.json")
     assert (tmp_path / last).read_text() == (whole / last).read_text()
+
+
+def test_a_baseline_of_other_settings_is_measured_again(files, tmp_path):
+    """A run without a checkpoint may be started again with other settings."""
+    given = ("--eval-pairs", files[1], *FAST)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_at_entry(patch, 0, True)
+        run(files[0], tmp_path, *given, steps=1)
+    assert split_log(tmp_path)[0][0]["loss"] == pytest.approx(1.386294, abs=1e-6)  # 2 ln 2
+    run(files[0], tmp_path, *given, "--objective", "dpo", "--resume", steps=1)
+    found, _ = split_log(tmp_path)
+    assert [e["step"] for e in found] == [0, 1]
+    assert found[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
 def test_other_held_out_pairs_are_another_run(watched, whole, files, tmp_path):
@@ -572,30 +597,4 @@ def test_held_out_pairs_have_their_own_image_folder(files, tmp_path):
     write_pairs(embedded, read_pairs(files[1])[:2])
     run(files[0], tmp_path / "embedded", "--eval-pairs", embedded, steps=1)
     found, truth = (split_log(tmp_path / n)[0] for n in ("files", "embedded"))
-    assert without_timing([{k: v for k, v in e.items() if k != "seconds"} for e in found]) == [
-        {k: v for k, v in e.items() if k != "seconds"} for e in truth
-    ]
-
-
-def test_states_of_checkpoints(tmp_path):
-    """A state is that of the time of `save`, and damage to it is found."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    state = {"mean": 0.1 + 0.2, "count": 3, "eval": {"best": -1e-300}}
-    with Checkpoints(tmp_path, 2) as saved:
-        saved.save(1, model, optimizer, state=state)
-        state["count"] = 4
-    assert saved.load(1, model, optimizer) == state | {"count": 3}
-    with saved:
-        saved.save(2, model, optimizer)
-    assert saved.load(2, model, optimizer) == {}
-    file = tmp_path / "step-000002" / "state.json"
-    file.write_text('{"count": 9}\n')
-    assert saved.last_intact() == 1
-    file = tmp_path / "step-000001" / "state.json"
-    file.unlink()
-    with pytest.raises(CheckpointError, match="state.json is missing"):
-        saved.last_intact()
+    assert without_timing(found) == without_timing(truth)

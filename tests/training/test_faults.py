@@ -289,6 +289,30 @@ def test_an_image_that_becomes_nan_is_refused_before_the_first_forward(processor
         encoded([record], broken)
 
 
+def test_states_of_checkpoints(tmp_path):
+    """A state is that of the time of `save`, and damage to it is found."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = {"mean": 0.1 + 0.2, "count": 3, "eval": {"best": -1e-300}}
+    with Checkpoints(tmp_path, 2) as saved:
+        saved.save(1, model, optimizer, state=state)
+        state["count"] = 4
+    assert saved.load(1, model, optimizer) == state | {"count": 3}
+    with saved:
+        saved.save(2, model, optimizer)
+    assert saved.load(2, model, optimizer) == {}
+    file = tmp_path / "step-000002" / "state.json"
+    file.write_text('{"count": 9}\n')
+    assert saved.last_intact() == 1
+    file = tmp_path / "step-000001" / "state.json"
+    file.unlink()
+    with pytest.raises(CheckpointError, match="state.json is missing"):
+        saved.last_intact()
+
+
 # --- two runs ---
 
 
