@@ -107,7 +107,7 @@ def test_examples_shorter_and_longer_than_a_chunk(setting, name, chunk_rows, tra
 @pytest.mark.parametrize("setting", ["cpp-cpu-float32", f"triton-{DEVICE}-float32"], indirect=True)
 def test_counts_of_examples_shorter_than_a_chunk(setting):
     """With a trained head, and losses from torch operations and from the fused kernel."""
-    by_chunks(setting, objectives.mpo().at(0.3), 16, True)
+    by_chunks(setting, objectives.mpo().at(0.3), 8, True)
 
 
 def by_chunks(setting, objective, chunk_rows, trains):

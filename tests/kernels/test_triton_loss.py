@@ -53,7 +53,7 @@ FUSED = {
 }
 OBJECTIVES = FUSED | {
     "weight 0": objectives.rdpo(visual_weight=0.0),
-    "sum": objectives.get("sigmoid+bco_pair+sft", (0.8, 0.2, 1)),
+    "sum": objectives.get("sft+sigmoid+bco_pair", (1, 0.8, 0.2)),
     "five leaves": objectives.Objective(
         "five",
         LEAVES,
