@@ -2,8 +2,8 @@
 
 They are computed before the model that is trained is loaded, so the two are never in memory
 together. The reference is loaded only if log-probs are missing in the cache, or its weights have no
-known digest. `--quantize` applies to both models. Without it, rewards would contain the rounding of the
-policy's weights.
+known digest. `--quantize` applies to both models. Without it, rewards would contain the rounding of
+the policy's weights.
 """
 
 from __future__ import annotations
