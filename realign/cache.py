@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from realign import distributed
 from realign.cli import CommandParser, parse_sections
@@ -33,7 +34,7 @@ COMMANDS = {
     "compact": "Merge log files, and drop duplicates and unreadable records",
 }
 """Command -> summary."""
-_HELP = {
+_HELP: dict[str, dict[str, Any]] = {
     "fill": {
         "usage": "%(prog)s --pairs PATH [--config FILE] [options]",
         "example": "python -m realign.cache fill --model llava-hf/llava-1.5-7b-hf \\\n"

@@ -98,7 +98,8 @@ _FOLLOWS = {"lora_alpha": "lora_rank"}
 def fill(values: dict[str, dict[str, Any]]) -> None:
     """Add the values of the chosen recipe to the settings that are given.
 
-    Values of LoRA are left out for `--tune full`, and the visual weight for objectives without one.
+    Values of LoRA are left out for `--tune full`, beta for another objective, and the visual weight
+    for objectives without one.
 
     Args:
         values: given settings by section and field. It is changed in place.
@@ -116,9 +117,13 @@ def applies(name: str, values: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether an option has an effect beside the settings that are given."""
     if name.startswith("lora_"):
         return values["model"].get("tune") != "full"
+    loss = values["loss"]
+    if name == "beta":  # of the recipe's objective
+        return loss.get("objective", "rdpo") == "rdpo" and "link" not in loss
     if name == "visual_weight":
-        objective = values["loss"].get("objective", "rdpo")
-        return objective in objectives.PRESETS and name in objectives.settings(objective)
+        parts = loss.get("objective", "rdpo").split("+")
+        has = [name in objectives.settings(part) for part in parts if part in objectives.PRESETS]
+        return any(has)
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -100,7 +101,9 @@ class RDPOConfig(TrainingArguments):
         if (self.image_workers or 0) < 0:
             raise ValueError(f"image_workers is {self.image_workers}; it must be 0 or more.")
         weights = self.loss_weights and ",".join(map(str, self.loss_weights))
-        given = {field.name: getattr(self, field.name) for field in fields(LossConfig)}
+        given: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in fields(LossConfig)
+        }
         self.loss = LossConfig(**given | {"loss_weights": weights})
         for name, default in _REFUSED.items():
             if getattr(self, name, default) not in (default, None):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from realign.data import sources
@@ -39,18 +38,18 @@ class Module(ForestModel):
         self.vlm.gradient_checkpointing_enable(*args, **kwargs)
 
 
-def give_projector_a_rate(optimizer: torch.optim.Optimizer, module: nn.Module, rate: float) -> None:
+def give_projector_a_rate(optimizer: torch.optim.Optimizer, module: Module, rate: float) -> None:
     """Move the projector's parameters to groups of their own, with the same other settings.
 
     Args:
         optimizer: an optimizer before its first step.
-        module: the model that is trained, a `Module`.
+        module: the model that is trained.
         rate: learning rate of the projector.
 
     Raises:
         ValueError: when no parameter of the projector is trained.
     """
-    vlm = module.get_submodule("vlm")
+    vlm = module.vlm
     apart = set(projector.trained(vlm))
     if not apart:
         names = projector.modules_to_save(vlm)

@@ -22,6 +22,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
+from realign.modeling.layouts import frozen_by_default
 from realign.modeling.quantized import LINEAR
 
 ALL = "all-linear"
@@ -117,7 +118,8 @@ def chosen(model: PreTrainedModel, targets: str = ALL) -> set[str]:
     inside = _weights(layers)
     if targets == ALL:
         return inside
-    rest = _weights(list(layers_of(model))) - inside
+    unused = {m for part in frozen_by_default(model, True) for m in part.modules()}
+    rest = _weights([m for m in layers_of(model) if m.module not in unused]) - inside
     found: set[str] = set()
     if not _ENDS.fullmatch(targets):
         found = {n for n in inside | rest if re.fullmatch(targets, n.removesuffix(".weight"))}

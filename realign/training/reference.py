@@ -1,9 +1,9 @@
 """Reference log-probs of another model, for `--reference-model`.
 
 They are computed before the model that is trained is loaded, so the two are never in memory
-together. The reference is loaded only if log-probs are missing in the cache, or its weights have
-no known digest. `--quantize` applies to both models. Without it, rewards would contain the rounding
-of the policy's weights.
+together. The reference is loaded only if log-probs are missing in the cache, or its weights have no
+known digest. `--quantize` applies to both models. Without it, rewards would contain the rounding of
+the policy's weights.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.distributed.fsdp import FSDPModule
 
 from realign import distributed
 from realign.config import TrainConfig
 from realign.files import read_limited, write_whole
-from realign.modeling import reference_logps
+from realign.modeling import quantized, reference_logps
 from realign.modeling.merging import adapter_base
 from realign.modeling.model_files import find_file
 from realign.modeling.reference_logps import digest_of, processor_digest
@@ -183,7 +184,9 @@ def _memo(path: str, config: TrainConfig) -> Path:
 
     The state is name, size and time of change, so a digest is not read for changed files.
     """
-    state: list[Any] = [config.model.dtype, config.model.quantize, torch.__version__]
+    quantize = config.model.quantize
+    state: list[Any] = [config.model.dtype, torch.__version__, transformers.__version__]
+    state += [quantized.describe(quantize)] if quantize else []
     for folder in filter(None, (path, adapter_base(path))):
         if file := find_file(folder, "config.json") or find_file(folder, "adapter_config.json"):
             files = [f for kind in _OF_MODEL for f in Path(file).parent.glob(kind)]

@@ -125,7 +125,7 @@ def write_identity(config: TrainConfig, **digests: str) -> None:
     write_whole(Path(config.run.output) / "run.json", json.dumps(identity, indent=2) + "\n")
 
 
-def check_settings(config: TrainConfig, **digests: str | None) -> None:
+def check_settings(config: TrainConfig, **digests: str) -> None:
     """Check that a resumed run has the settings and digests that `write_identity` wrote.
 
     Raises:

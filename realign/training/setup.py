@@ -224,7 +224,7 @@ class Run:
     trained: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     fingerprint: dict[str, str]
-    digests: dict[str, str | None]
+    digests: dict[str, str]
     references: torch.Tensor | None
     image_flop: float
     checkpoints: Checkpoints
@@ -341,10 +341,10 @@ def add_adapters(model: ForestModel, config: TrainConfig) -> PeftModel:
     )
     if any(p.requires_grad for p in model.frozen_parameters()):  # adapters in the tower
         model.freeze(train_vision=True)
-    decoder = {*vlm.model.get_decoder().parameters(), *vlm.get_output_embeddings().parameters()}
-    if config.run.cache_vision and any(
-        p.requires_grad and p not in decoder for p in vlm.parameters()
-    ):
+    parts = (vlm.model.get_decoder(), vlm.get_output_embeddings())
+    of_language = {p for part in parts if part is not None for p in part.parameters()}
+    trained = {p for p in vlm.parameters() if p.requires_grad}
+    if config.run.cache_vision and not trained <= of_language:
         raise ValueError(
             "--cache-vision keeps image features for the whole run, and --lora-targets "
             f"{settings.lora_targets} adapts layers that compute them. Leave one of them out."

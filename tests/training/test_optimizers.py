@@ -106,6 +106,23 @@ def test_the_plan_counts_the_bytes_of_the_state(name):
     assert estimated == pytest.approx(found, rel=0.03, abs=8192)
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in OPTIMIZERS if n not in (*config.OF_TORCH, *config.PAGED)]
+)
+def test_a_restored_state_keeps_its_dtypes_and_its_tensors(name):
+    """The method of bitsandbytes copies all tensors, which would leave their pages."""
+    parameters = weights()
+    optimizer = optimizers.make(settings(name), parameters)
+    trained(optimizer, parameters, gradients(2))
+    saved = optimizer.state_dict()
+    restored = optimizers.make(settings(name), parameters)
+    restored.load_state_dict(saved)
+    for index, parameter in enumerate(parameters):
+        for key, value in saved["state"][index].items():
+            assert restored.state[parameter][key] is value
+    assert {v["step"].dtype for v in restored.state.values()} == {torch.int64}
+
+
 @pytest.mark.parametrize("name", ["adafactor", "adamw_8bit", "lion_8bit"])
 def test_a_run_resumes_with_the_same_bits(name, pairs_file, tmp_path):
     given = ("--optimizer", name, "--save-every", 2, "--learning-rate", 1e-3)

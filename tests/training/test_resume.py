@@ -175,3 +175,17 @@ def test_parameters_without_gradients_have_no_state(pairs_file, tmp_path):
         shutil.rmtree(tmp_path / "cut" / later)
     run(pairs_file, tmp_path / "cut", *vision, "--resume", steps=4)
     assert_same_run(tmp_path / "cut", tmp_path / "whole", steps=4)
+
+
+def test_a_run_of_an_earlier_version_resumes(pairs_file, tmp_path):
+    """Settings that it did not have count as their defaults."""
+    run(pairs_file, tmp_path, "--save-every", 1, steps=1)
+    identity = json.loads((tmp_path / "run.json").read_text())
+    for section, name in (("model", "lora_targets"), ("optim", "schedule")):
+        del identity["config"][section][name]
+    del identity["reference"]
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    assert len(run(pairs_file, tmp_path, "--save-every", 1, "--resume", steps=1)) == 1
+    with pytest.raises(ValueError, match=r"Changed: schedule \('cosine' -> 'linear'\)\."):
+        words = ("--save-every", 1, "--schedule", "linear", "--resume")
+        run(pairs_file, tmp_path, *words, steps=1)

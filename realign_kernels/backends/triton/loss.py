@@ -252,9 +252,8 @@ def loss_kernel(
     loss = tl.zeros((), tl.float64)
     grads = tl.zeros((PADDED,), tl.float64)
     for term in tl.static_range(len(UP)):
-        rewards, scale = score(
-            total, base, count, beta if SCALED[term] else 1.0, RATIO[term], MEAN[term]
-        )
+        scaled = beta if SCALED[term] else 1.0
+        rewards, scale = score(total, base, count, scaled, RATIO[term], MEAN[term])
         z = tl.zeros((), tl.float64) - deltas[term]
         if SHIFTED[term] and shift is not None:
             z -= tl.load(shift)
