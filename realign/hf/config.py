@@ -104,7 +104,8 @@ class RDPOConfig(TrainingArguments):
         given: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in fields(LossConfig)
         }
-        self.loss = LossConfig(**given | {"loss_weights": weights})
+        given["loss_weights"] = weights
+        self.loss = LossConfig(**given)
         for name, default in _REFUSED.items():
             if getattr(self, name, default) not in (default, None):
                 raise ValueError(f"{name} would have no effect on rDPO's loss here. Leave it out.")
