@@ -97,7 +97,7 @@ def ipo_norm(beta: float = 0.1) -> Objective:
 
 
 def sigmoid_norm(beta: float = 0.1) -> Objective:
-    """DPO with log-ratios per token: Lambert et al., Tulu 3, arXiv 2411.15124, eq. 6.
+    """DPO with log-ratios per token: Lambert et al., Tulu 3, arXiv 2411.15124.
 
     l(r(w,v) / n(w) - r(l,v) / n(l))
     """
@@ -105,7 +105,7 @@ def sigmoid_norm(beta: float = 0.1) -> Objective:
 
 
 def robust(beta: float = 0.1, label_smoothing: float = 0.1) -> Objective:
-    """Robust DPO: Chowdhury et al., arXiv 2403.00409, eq. 12.
+    """Robust DPO: Chowdhury et al., arXiv 2403.00409.
 
     [(1 - e) l(m) - e l(-m)] / (1 - 2 e), m = r(w,v) - r(l,v)
 
@@ -231,7 +231,7 @@ def mpo(
     quality_weight: float = 0.2,
     nll_weight: float = 1.0,
 ) -> Objective:
-    """MPO: Wang et al., arXiv 2411.10442, eq. 3. The default weights are those of InternVL's code.
+    """MPO: Wang et al., arXiv 2411.10442. The default weights are those of InternVL's code.
 
     preference_weight l(r(w,v) - r(l,v)) + quality_weight [l(r(w,v) - d) + l(d - r(l,v))]
     + nll_weight (-p(w,v) / n(w))
@@ -255,7 +255,7 @@ def simpo(beta: float = 2.0, gamma: float = 1.0) -> Objective:
 
 
 def cpo(beta: float = 0.1, nll_weight: float = 1.0) -> Objective:
-    """CPO: Xu et al., arXiv 2401.08417, eq. 5. It needs no reference.
+    """CPO: Xu et al., arXiv 2401.08417, eq. 3, with an NLL part. It needs no reference.
 
     l(beta p(w,v) - beta p(l,v)) + nll_weight (-p(w,v) / n(w))
 

@@ -188,7 +188,7 @@ class PairSigmoid(_Pair):
 
 @dataclass(frozen=True, kw_only=True)
 class PairRobust(_Pair):
-    """[-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2 e): robust DPO (2403.00409, eq. 12).
+    """[-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2 e): robust DPO (2403.00409).
 
     m = r[positive] - r[negative]. It is an unbiased estimate of DPO's loss if a fraction e of the
     pairs is flipped. It can be negative.
