@@ -15,9 +15,10 @@ from typing import Any
 
 from realign import distributed
 from realign.cli import CommandParser, parse_sections
-from realign.config import METAVARS, LossConfig, check_pixels, check_quantize, resolve_dtype
+from realign.config import METAVARS, check_pixels, check_quantize, resolve_dtype
 from realign.digits import ASSETS
 from realign.files import check_folder
+from realign.loss_config import LOSS_SETTINGS, LossConfig
 from realign.modeling import reference_logps
 from realign.modeling.attention import IMPLEMENTATIONS, choose
 from realign.modeling.loading import DTYPES
@@ -25,7 +26,7 @@ from realign.terminal import show
 from realign.third_party import silence_third_party
 from realign.training import fsdp
 from realign.training.setup import load_inputs, shared_fingerprint
-from realign_kernels import ReferenceCache, missing_reason, refcache
+from realign_kernels import ReferenceCache, missing_reason, objectives, refcache
 
 COMMANDS = {
     "fill": "Compute the reference log-probs that training on these pairs needs",
@@ -121,8 +122,17 @@ class FillConfig:
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
-        if not LossConfig(objective=self.objective).build().needs_reference:
+        if not self.loss.build().needs_reference:
             raise ValueError(f"--objective {self.objective} needs no reference log-probs.")
+
+    @property
+    def loss(self) -> LossConfig:
+        """The loss of the objective. Its settings do not change the log-probs."""
+        if "+" not in self.objective:
+            return LossConfig(objective=self.objective)
+        known = objectives.settings(self.objective)
+        settings = {name: known[name] for name in LOSS_SETTINGS if name in known}
+        return LossConfig(objective=self.objective, **settings)
 
 
 def fill(tables: CacheConfig, config: FillConfig) -> None:
@@ -136,7 +146,7 @@ def fill(tables: CacheConfig, config: FillConfig) -> None:
     inputs = load_inputs(
         config.model or str(ASSETS),
         config.pairs,
-        LossConfig(objective=config.objective),
+        config.loss,
         image_folder=config.image_folder,
         split=config.split,
         min_pixels=config.min_pixels,

@@ -8,7 +8,6 @@ the file overrides `--recipe`.
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,8 +16,9 @@ from typing import get_type_hints
 import torch
 
 from realign import recipes
+from realign.checks import no_effect, not_negative, one_of, positive
 from realign.cli import parse_sections
-from realign_kernels import Objective, objectives
+from realign.loss_config import LossConfig
 
 TUNED = ("lora", "full")
 DTYPES = ("auto", "fp32", "bf16")
@@ -146,9 +146,9 @@ class ModelConfig:
         return ", ".join([line, *more])
 
     def __post_init__(self) -> None:
-        _one_of("tune", self.tune, TUNED)
+        one_of("tune", self.tune, TUNED)
         self.dtype = resolve_dtype(self.dtype)
-        _one_of("attention", self.attention, ATTENTIONS)
+        one_of("attention", self.attention, ATTENTIONS)
         if self.quantize and self.tune == "full":
             raise ValueError(
                 "--quantize rounds weights that stay frozen, and --tune full trains them. Leave it "
@@ -161,12 +161,12 @@ class ModelConfig:
                 "Add --dtype bf16, or use --attention tree."
             )
         if self.recipe is not None:
-            _one_of("recipe", self.recipe, tuple(recipes.RECIPES))
+            one_of("recipe", self.recipe, tuple(recipes.RECIPES))
         if self.tune == "lora" and self.train_vision:
-            _no_effect("train_vision", "LoRA trains the language model only", "add --tune full")
+            no_effect("train_vision", "LoRA trains the language model only", "add --tune full")
         if self.tune == "full":
             if (self.lora_rank, self.lora_alpha) != (None, None):
-                _no_effect("--lora-rank or --lora-alpha", "there is no LoRA", "use --tune lora")
+                no_effect("--lora-rank or --lora-alpha", "there is no LoRA", "use --tune lora")
             for name, default in (
                 ("lora_targets", "all-linear"),
                 ("lora_dropout", 0.0),
@@ -174,14 +174,14 @@ class ModelConfig:
                 ("use_dora", False),
             ):
                 if getattr(self, name) != default:
-                    _no_effect(name, "there is no LoRA", "use --tune lora")
+                    no_effect(name, "there is no LoRA", "use --tune lora")
             return
         if self.lora_rank is None:
             self.lora_rank = 32
         if self.lora_alpha is None:
             self.lora_alpha = 2.0 * self.lora_rank
-        _positive("lora_rank", self.lora_rank)
-        _positive("lora_alpha", self.lora_alpha)
+        positive("lora_rank", self.lora_rank)
+        positive("lora_alpha", self.lora_alpha)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be from 0 to below 1.")
         if not self.lora_targets.strip(" ,"):
@@ -223,113 +223,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.pairs is None and self.image_folder is not None:
-            _no_effect("image_folder", "pairs of digits hold their images", "add --pairs")
+            no_effect("image_folder", "pairs of digits hold their images", "add --pairs")
         if self.pairs is None and self.split is not None:
-            _no_effect("split", "pairs of digits have no splits", "add --pairs")
+            no_effect("split", "pairs of digits have no splits", "add --pairs")
         check_pixels(self.min_pixels, self.max_pixels)
-        _positive("max_response_tokens", self.max_response_tokens)
-        _not_negative("workers", self.workers or 0)
-        _not_negative("row_tokens", self.row_tokens)
-
-
-@dataclass
-class LossConfig:
-    objective: str = "rdpo"
-    """Preference objective, or a sum joined by +. With a visual term: rdpo, mdpo, mfpo, svco,
-    symmpo, ovip, adavip, mispdpo, lpoi, chip. For the text: dpo (or sigmoid), cdpo, robust, ipo,
-    ipo_norm, hinge, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down,
-    discopop, rpo, mpo. Without a reference: simpo, cpo, orpo, sft. 'released' reproduces the loss
-    of Re-Align's code."""
-    loss_weights: str | None = None
-    """Weights of the parts of a sum, such as 0.8,0.2,1. Without it, 1 each."""
-    link: str | None = None
-    """Objective, or sum, that rdpo uses for the text and for the image: simpo, mpo, ... Without it,
-    that of DPO."""
-    beta: float | None = None
-    """Beta of the objective. A larger beta keeps the model closer to the reference model. Without
-    it, 0.1, but 2 for simpo and 0.05 for discopop."""
-    visual_weight: float = 1.0
-    """Weight of the visual term of rdpo, mdpo, mfpo, lpoi and released. 1 weights it like the text
-    term."""
-    label_smoothing: float | None = None
-    """Assumed share of flipped pairs for cdpo and robust (0.1), epsilon of exo_pair (0.001)."""
-    gamma: float | None = None
-    """Target margin of simpo. Without it, 1."""
-    nll_weight: float | None = None
-    """Weight of the loss of the chosen response's tokens in rpo, mpo and cpo. Without it, 1."""
-    discopop_tau: float | None = None
-    """Width of discopop's change between its two losses. Without it, 0.05."""
-
-    def __post_init__(self) -> None:
-        known = {**objectives.PRESETS, **objectives.ALIASES}
-        for name in ("objective", "link"):
-            if not set((getattr(self, name) or "rdpo").split("+")) <= known.keys():
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of "
-                    f"{', '.join(objectives.PRESETS)}, or several joined by +."
-                )
-        if self.link is not None and self.objective != "rdpo":
-            _no_effect("link", f"{self.objective} has its own", "use --objective rdpo")
-        accepted = objectives.settings(self.terms)
-        if self.link is not None:
-            accepted["visual_weight"] = 1.0
-        for name, example in _LOSS_SETTINGS.items():
-            given = getattr(self, name)
-            unset = 1.0 if name == "visual_weight" else None
-            if name not in accepted and given != unset:
-                _no_effect(name, f"{self.terms} has no such setting", f"use --objective {example}")
-        if self.loss_weights is not None and "+" not in self.terms:
-            _no_effect("loss_weights", f"{self.terms} is no sum", "join objectives by +")
-        if self.beta is not None:
-            _positive("beta", self.beta)
-        _not_negative("visual_weight", self.visual_weight)
-        self.build()
-        for name in _LOSS_SETTINGS:
-            if getattr(self, name) is None:
-                setattr(self, name, accepted.get(name))
-
-    @property
-    def terms(self) -> str:
-        """The objective or sum with the terms of the text."""
-        return self.objective if self.link is None else self.link
-
-    def build(self, negatives: int | None = None) -> Objective:
-        """The objective with these settings.
-
-        Args:
-            negatives: number of visual negatives, for an objective that compares several.
-
-        Raises:
-            ValueError: the settings are invalid.
-        """
-        accepted = objectives.settings(self.terms)
-        given = {name: getattr(self, name) for name in _LOSS_SETTINGS} | {"negatives": negatives}
-        own = {k: v for k, v in given.items() if k in accepted and v is not None}
-        objective = objectives.get(self.terms, self._weights(), **own)
-        if self.link is None:
-            return objective
-        return objectives.with_visual(objective, self.visual_weight)
-
-    def _weights(self) -> list[float] | None:
-        if self.loss_weights is None:
-            return None
-        try:
-            return [float(weight) for weight in self.loss_weights.split(",")]
-        except ValueError:
-            raise ValueError(
-                f"loss_weights is {self.loss_weights!r}. Give numbers with commas, as 0.8,0.2,1."
-            ) from None
-
-
-_LOSS_SETTINGS = {
-    "beta": "rdpo",
-    "visual_weight": "rdpo",
-    "label_smoothing": "cdpo",
-    "gamma": "simpo",
-    "nll_weight": "rpo",
-    "discopop_tau": "discopop",
-}
-"""Setting of objectives -> an objective that has it."""
+        positive("max_response_tokens", self.max_response_tokens)
+        not_negative("workers", self.workers or 0)
+        not_negative("row_tokens", self.row_tokens)
 
 
 @dataclass
@@ -370,24 +270,24 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "epochs", "adam_epsilon"):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         for name in (
             "learning_rate", "projector_learning_rate", "min_learning_rate", "weight_decay",
             "warmup", "clip", "steps",
         ):  # fmt: skip
-            _not_negative(name, getattr(self, name))
+            not_negative(name, getattr(self, name))
         if self.warmup > 1:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, 1 at most.")
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         if self.schedule == "constant" and self.min_learning_rate:
-            _no_effect("min_learning_rate", "the rate is constant", "use --schedule cosine")
+            no_effect("min_learning_rate", "the rate is constant", "use --schedule cosine")
         for name, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
             value = getattr(self, name)
             if name != "adam_epsilon" and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; it must be from 0 to below 1.")
             if value != default and self.optimizer not in OF_ADAM:
-                _no_effect(name, f"{self.optimizer} is no AdamW", "use --optimizer adamw")
+                no_effect(name, f"{self.optimizer} is no AdamW", "use --optimizer adamw")
 
 
 @dataclass
@@ -412,11 +312,11 @@ class ScaleConfig:
     """Compute RMSNorm and SwiGLU of the language model by liger-kernel. Needs CUDA."""
 
     def __post_init__(self) -> None:
-        _not_negative("nproc_per_node", self.nproc_per_node)
-        _positive("replicas", self.replicas)
+        not_negative("nproc_per_node", self.nproc_per_node)
+        positive("replicas", self.replicas)
         for name, default in (("nproc_per_node", 0), ("replicas", 1)):
             if getattr(self, name) != default and not self.fsdp:
-                _no_effect(name, "one process trains", "add --fsdp")
+                no_effect(name, "one process trains", "add --fsdp")
         if self.liger and self.compile:
             raise ValueError(
                 "--liger and --compile both fuse the operations of a layer. Leave one of them out."
@@ -455,7 +355,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for name in ("eval_share", "eval_every", "early_stopping"):
-            _not_negative(name, getattr(self, name))
+            not_negative(name, getattr(self, name))
         if self.eval_share >= 1:
             raise ValueError(
                 f"eval_share is {self.eval_share:g}; it is a share of the pairs, below 1."
@@ -463,7 +363,7 @@ class EvalConfig:
         if self.eval_pairs is None:
             for name in ("eval_split", "eval_image_folder"):
                 if getattr(self, name) is not None:
-                    _no_effect(name, "there are no other pairs", "add --eval-pairs")
+                    no_effect(name, "there are no other pairs", "add --eval-pairs")
         elif self.eval_share:
             raise ValueError(
                 "--eval-pairs and --eval-share both give held-out pairs. Leave out one of them."
@@ -471,7 +371,7 @@ class EvalConfig:
         if not self.given:
             for name in ("eval_every", "best_metric", "early_stopping", "load_best"):
                 if getattr(self, name) != EvalConfig.__dataclass_fields__[name].default:
-                    _no_effect(name, "no pairs are held out", "add --eval-pairs or --eval-share")
+                    no_effect(name, "no pairs are held out", "add --eval-pairs or --eval-share")
 
     @property
     def given(self) -> bool:
@@ -518,12 +418,12 @@ class RunConfig:
     """Print no step lines and no progress bars."""
 
     def __post_init__(self) -> None:
-        _positive("log_every", self.log_every)
+        positive("log_every", self.log_every)
         if self.quiet and self.log_every != 1:
             raise ValueError("log_every would have no effect with --quiet. Leave out one of them.")
         for name in ("seed", "save_every"):
-            _not_negative(name, getattr(self, name))
-        _positive("keep", self.keep)
+            not_negative(name, getattr(self, name))
+        positive("keep", self.keep)
 
 
 @dataclass
@@ -540,10 +440,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.model.reference_model and not self.loss.build().needs_reference:
-            what = f"{self.loss.terms} needs no reference"
-            _no_effect("--reference-model", what, "use --objective dpo")
+            what = f"{self.loss.text_objective} needs no reference"
+            no_effect("--reference-model", what, "use --objective dpo")
         if self.run.merge and self.model.tune == "full":
-            _no_effect("--merge", "there is no adapter to merge", "use --tune lora")
+            no_effect("--merge", "there is no adapter to merge", "use --tune lora")
         if self.run.cache_vision and self.model.tune == "full":
             raise ValueError(
                 "--cache-vision keeps image features for the whole run, and --tune full trains "
@@ -599,7 +499,7 @@ class TrainConfig:
                 "`pip install 'realign[quantize]'`."
             )
         if name in PAGED and not torch.cuda.is_available():
-            _no_effect(f"--optimizer {name}", "a CPU has no pages", f"use {name[6:]}")
+            no_effect(f"--optimizer {name}", "a CPU has no pages", f"use {name[6:]}")
 
     @property
     def sharded(self) -> bool:
@@ -643,7 +543,7 @@ def resolve_dtype(dtype: str) -> str:
     Raises:
         ValueError: for another name.
     """
-    _one_of("dtype", dtype, DTYPES)
+    one_of("dtype", dtype, DTYPES)
     return ("bf16" if torch.cuda.is_available() else "fp32") if dtype == "auto" else dtype
 
 
@@ -671,7 +571,7 @@ def check_quantize(method: str | None, *, sharded: bool) -> None:
     """
     if method is None:
         return
-    _one_of("--quantize", method, QUANTIZE)
+    one_of("--quantize", method, QUANTIZE)
     if sharded:
         raise ValueError(
             "--quantize works in one process, since --fsdp and --cpu-offload cannot shard or move "
@@ -682,22 +582,3 @@ def check_quantize(method: str | None, *, sharded: bool) -> None:
             "--quantize needs bitsandbytes, which is not installed. Run "
             "`pip install 'realign[quantize]'`."
         )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
-
-
-def _positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}; it must be finite and above 0.")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}; it must be finite and not negative.")
-
-
-def _no_effect(name: str, why: str, remedy: str) -> None:
-    raise ValueError(f"{name} would have no effect: {why}. Leave it out, or {remedy}.")

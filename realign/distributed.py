@@ -16,8 +16,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -240,8 +241,21 @@ def world_size() -> int:
 
 def log_rank0(line: str) -> None:
     """Print a line on rank 0."""
-    if rank() == 0:
+    if rank() == 0 and not _silent.get():
         show(line)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """A context in which `log_rank0` prints nothing, for work whose lines are printed elsewhere."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
+_silent = ContextVar("silent", default=False)
 
 
 def report(error: Exception) -> bool:

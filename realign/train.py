@@ -127,7 +127,7 @@ def export(run: Run) -> Path:
     def card() -> str:
         entries = [entry for entry in read_jsonl(log) if entry["step"] == step]
         return model_card(
-            config.loss.objective,
+            inputs.objective.name,
             settings_of(config),
             base=inputs.base,
             adapter=run.adapter is not None and not config.run.merge,

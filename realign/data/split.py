@@ -101,7 +101,7 @@ def held_out(
     if total + sizes[smallest] - wanted < wanted - total and len(others) > 1:
         chosen[smallest] = True
         total += sizes[smallest]
-    if not (total and wanted / _FACTOR <= total <= wanted * _FACTOR):
+    if not (total and share * count / _FACTOR <= total <= share * count * _FACTOR):
         raise ValueError(
             f"--eval-share is {share:g}, and {total:,} of {count:,} records can be held out. "
             f"Records that share images stay together. Their largest group has {sizes.max():,} "

@@ -57,7 +57,7 @@ class RDPOConfig(TrainingArguments):
     projector_learning_rate: float = 0.0
     logging_nan_inf_filter: bool = False
     objective: str = "rdpo"
-    loss_weights: list[float] | None = None
+    loss_weights: list[float] | str | None = None
     link: str | None = None
     beta: float | None = None
     visual_weight: float = 1.0
@@ -100,7 +100,9 @@ class RDPOConfig(TrainingArguments):
         self.accelerator_config.non_blocking |= self.dataloader_pin_memory
         if (self.image_workers or 0) < 0:
             raise ValueError(f"image_workers is {self.image_workers}; it must be 0 or more.")
-        weights = self.loss_weights and ",".join(map(str, self.loss_weights))
+        weights = self.loss_weights
+        if weights is not None and not isinstance(weights, str):
+            weights = ",".join(map(str, weights))
         given: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in fields(LossConfig)
         }

@@ -70,7 +70,7 @@ def make_objective(loss: LossConfig, table: RecordTable) -> Objective:
         RecordError: when the objective takes several visual negatives, and a record has fewer than
             two or a different number than the first record.
     """
-    several = "negatives" in objectives.settings(loss.terms)
+    several = "negatives" in objectives.settings(loss.text_objective)
     return loss.build(_visual_negatives(loss.objective, table) if several else None)
 
 

@@ -76,7 +76,8 @@ def modules_to_save(vlm: PreTrainedModel) -> list[str]:
     if not names:
         raise ValueError(
             f"models of type {vlm.config.model_type!r} have no projector apart from their vision "
-            "tower, so --projector-learning-rate would have no effect. Leave it out."
+            "tower, so --projector-learning-rate would have no effect. Leave it out. Beside a "
+            "recipe, set it to 0."
         )
     return names
 

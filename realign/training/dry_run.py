@@ -273,7 +273,9 @@ class Plan:
             "rows": f"{np.mean([layout.rows for layout in self.layouts]):.1f} in a forward, "
             f"{1 - tokens / cells:.1%} padding",
             "references": f"{distinct:,} distinct leaves, {cached:,} of them known{folder}"
-            + (f", of {other}" if (other := self.config.model.reference_model) else ""),
+            + (f", of {other}" if (other := self.config.model.reference_model) else "")
+            if self.objective.needs_reference
+            else f"none, since {self.objective.name} needs no reference",
         }
 
     def _cached_leaves(self, leaves) -> tuple[int, str]:
@@ -376,11 +378,14 @@ class Plan:
         seconds = step / machine
         remaining = seconds * (self.total - self.done)
         held = forward / size * len(self.held_out) * self.evaluations / machine
-        evaluating = f", {_clock(held)} for evaluations" * bool(self.evaluations)
+        parts = f", {_clock(held)} for evaluations" * bool(self.evaluations)
+        parts += f", and up to {_clock(reference_pass)} for references" * (
+            self.objective.needs_reference
+        )
         return (
-            f"at least {_clock(remaining)} for steps of {seconds:.2g} s{evaluating}, and up to "
-            f"{_clock(reference_pass)} for references. A step is {step / 1e12:,.3g} TFLOP, at "
-            f"{machine / 1e12:,.3g} TFLOP/s measured for matrix products"
+            f"at least {_clock(remaining)} for steps of {seconds:.2g} s{parts}. A step is "
+            f"{step / 1e12:,.3g} TFLOP, at {machine / 1e12:,.3g} TFLOP/s measured for matrix "
+            "products"
         )
 
     def disk(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,10 @@ class Evaluations:
             return False
         metric = self._config.best_metric
         if step == self._resumed and (entry := self._logged(step)) is not None:
-            return self._note(step, entry[f"{EVALUATION}{metric}"])
+            return self._note(step, _value(entry, metric, EVALUATION))
         began = time.perf_counter()
         means = measure(self._run, self._feed)
-        improved = self._note(step, means[metric])
+        improved = self._note(step, _value(means, metric))
         if step:
             means["since_best"] = self.state["since_best"]
         means["seconds"] = time.perf_counter() - began
@@ -125,6 +125,11 @@ class Evaluations:
             return next((e for e in entries if e["step"] == step and is_evaluation(e)), None)
 
         return distributed.broadcast_from_rank0(read)
+
+
+def _value(means: Mapping[str, float], metric: str, prefix: str = "") -> float:
+    """A metric, or NaN if the loss is not finite: an accuracy counts a NaN reward as wrong."""
+    return means[prefix + metric] if math.isfinite(means[f"{prefix}loss"]) else math.nan
 
 
 def measure(run: Run, feed: Callable[..., Any]) -> dict[str, float]:

@@ -138,14 +138,16 @@ def of_other_model(
     """
     path = config.model.reference_model
     assert path is not None
-    inputs = load(base=path, meta=True)
-    check_encodings(load(meta=True), inputs, path)
+    with distributed.silent():  # the model that is trained reads the same records
+        inputs = load(base=path, meta=True)
+        check_encodings(load(meta=True), inputs, path)
     memo = _memo(path, config)
     weights = distributed.broadcast_from_rank0(lambda: _known(memo))
     about = fingerprint(inputs, weights=weights or "unknown")
     loaded = weights is None or _any_missing(config, about, inputs)
     if loaded:
-        inputs = load(base=path, meta=distributed.rank() > 0)
+        with distributed.silent():
+            inputs = load(base=path, meta=distributed.rank() > 0)
         about = fingerprint(inputs)
         if distributed.rank() == 0:
             memo.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from realign import distributed
-from realign.config import EvalConfig, RunConfig, TrainConfig
+from realign.config import EvalConfig, LossConfig, RunConfig, TrainConfig
 from realign.digits import ASSETS
 from realign.files import check_file, check_folder, open_lock, write_whole
 from realign.modeling import feature_cache, reference_logps
@@ -148,6 +148,8 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
         # A run of an earlier version lacks newer settings, which had no other value there.
         defaults = {f.name: f.default for f in fields(getattr(config, section))}
         old = defaults | old_sections.get(section, {})
+        if section == "loss":  # unset settings have the objective's defaults
+            old = asdict(LossConfig(**old))
         changed += [
             f"{name} ({old[name]!r} -> {value!r})"
             for name, value in values.items()

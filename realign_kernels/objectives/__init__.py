@@ -100,8 +100,8 @@ ALIASES = {"sigmoid": "dpo"}
 def settings(name: str) -> dict[str, Any]:
     """The settings of the preset with this name, with their defaults.
 
-    For a sum of presets, as "sigmoid+bco_pair+sft", they are those of all its parts. If the parts
-    have different defaults, the first one counts.
+    For a sum of presets, as "sigmoid+bco_pair+sft", they are those of all its parts. `get` refuses
+    a sum whose parts have different defaults of a setting that is not given.
 
     Raises:
         ValueError: a name is unknown.
@@ -125,8 +125,9 @@ def get(name: str, weights: Sequence[float] | None = None, **given: Any) -> Obje
         given: settings. Each part of a sum takes the settings that it has.
 
     Raises:
-        ValueError: a name is unknown, no part has a given setting, or the sum is invalid
-            (`weighted_sum`).
+        ValueError: a name is unknown or occurs twice, or no part has a given setting. Also if the
+            parts of a sum have different defaults of a setting that is not given, and as
+            `weighted_sum`.
     """
     accepted = settings(name)
     if unknown := sorted(set(given) - set(accepted)):
@@ -134,9 +135,21 @@ def get(name: str, weights: Sequence[float] | None = None, **given: Any) -> Obje
             f"objective {name!r} has no setting {', '.join(unknown)}. "
             f"Its settings are {', '.join(accepted)}."
         )
+    names = [ALIASES.get(part, part) for part in name.split("+")]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"the sum {name!r} has an objective twice. Give it a larger weight instead."
+        )
+    for setting in accepted.keys() - given.keys():
+        own = {part: settings(part)[setting] for part in names if setting in settings(part)}
+        if len(set(own.values())) > 1:
+            defaults = ", ".join(f"{value} of {part}" for part, value in own.items())
+            raise ValueError(
+                f"the parts of {name!r} have different defaults of {setting}: {defaults}. Give "
+                f"{setting}."
+            )
     parts = []
-    for part in name.split("+"):
-        full = ALIASES.get(part, part)
+    for part, full in zip(name.split("+"), names, strict=True):
         own = {key: value for key, value in given.items() if key in settings(full)}
         parts.append(replace(PRESETS[full](**own), name=part))
     if len(parts) == 1 and weights is None:

@@ -214,6 +214,8 @@ class RunningMean:
 
     def add(self, mean: float, count: int) -> None:
         """Include `count` examples with this mean of rewards."""
+        if not count:
+            return
         self.count += count
         self.value += (mean - self.value) * count / self.count
 
@@ -229,8 +231,8 @@ def weighted_sum(
         name: its name, by default the names of the parts, joined by +.
 
     Raises:
-        ValueError: numbers of weights and parts differ, a weight is negative, or the parts have
-            different betas.
+        ValueError: numbers of weights and parts differ, a weight is negative, all are 0, or the
+            parts have different betas or shifts.
     """
     weights = [1.0] * len(parts) if weights is None else weights
     if len(weights) != len(parts) or not parts:
@@ -238,6 +240,11 @@ def weighted_sum(
     for weight in weights:
         if not (isinstance(weight, numbers.Real) and 0 <= weight < math.inf):
             raise ValueError(f"weights must be finite and >= 0, got {weight!r}")
+    if not any(weights):
+        raise ValueError("the weights of a sum are all 0, so it trains nothing. Raise one of them.")
+    shifts = {part.shift for part in parts if part.shifted_leaves}
+    if len(shifts) > 1:
+        raise ValueError("the objectives have different shifts. Call `at` on their sum instead.")
     betas = {part.beta for part in parts if any(term.uses_beta for term in part.terms)}
     if len(betas) > 1:
         raise ValueError(
@@ -254,7 +261,7 @@ def weighted_sum(
             terms.append(replace(moved, name=full, weight=weight * term.weight))
     beta = betas.pop() if betas else parts[0].beta
     full = "+".join(part.name for part in parts) if name is None else name
-    return Objective(full, tuple(leaves), tuple(terms), beta)
+    return Objective(full, tuple(leaves), tuple(terms), beta, shifts.pop() if shifts else 0.0)
 
 
 def check_reduction(reduction: str) -> None:

@@ -15,7 +15,9 @@ The source of a method's negative image (a crop, noise, a diffusion model) does 
 Every such image is `retrieved_image` here. POVID (2402.11411) is `dpo` on other data.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from realign_kernels.objectives.objective import (
     CHOSEN,
@@ -51,7 +53,7 @@ def dpo(beta: float = 0.1) -> Objective:
 
     l(r(w,v) - r(l,v))
     """
-    return Objective("dpo", (CHOSEN, REJECTED), (_text(),), beta)
+    return _of_text("dpo", PairSigmoid, beta)
 
 
 def cdpo(beta: float = 0.1, label_smoothing: float = 0.1) -> Objective:
@@ -61,8 +63,7 @@ def cdpo(beta: float = 0.1, label_smoothing: float = 0.1) -> Objective:
 
     e is label_smoothing.
     """
-    text = PairSigmoid(name="text", positive=0, negative=1, label_smoothing=label_smoothing)
-    return Objective("cdpo", (CHOSEN, REJECTED), (text,), beta)
+    return _of_text("cdpo", PairSigmoid, beta, label_smoothing=label_smoothing)
 
 
 def hinge(beta: float = 0.1, target: float = 1.0) -> Objective:
@@ -70,8 +71,7 @@ def hinge(beta: float = 0.1, target: float = 1.0) -> Objective:
 
     max(0, target - (r(w,v) - r(l,v)))
     """
-    text = PairHinge(name="text", positive=0, negative=1, target=target)
-    return Objective("hinge", (CHOSEN, REJECTED), (text,), beta)
+    return _of_text("hinge", PairHinge, beta, target=target)
 
 
 def ipo(beta: float = 0.1) -> Objective:
@@ -82,8 +82,7 @@ def ipo(beta: float = 0.1) -> Objective:
     In rewards that is (r(w,v) - r(l,v) - 1/2)^2 / beta^2. The paper sums log-probs over tokens.
     TRL's loss "ipo" is `ipo_norm`.
     """
-    text = PairSquared(name="text", weight=_inverse_square(beta), positive=0, negative=1)
-    return Objective("ipo", (CHOSEN, REJECTED), (text,), beta)
+    return _of_text("ipo", PairSquared, beta, weight=_inverse_square(beta))
 
 
 def ipo_norm(beta: float = 0.1) -> Objective:
@@ -91,9 +90,8 @@ def ipo_norm(beta: float = 0.1) -> Objective:
 
     ((r(w,v) / n(w) - r(l,v) / n(l)) / beta - 1 / (2 beta))^2
     """
-    (text,) = ipo(beta).terms
-    text = replace(text, reward="mean_log_ratio")
-    return Objective("ipo_norm", (CHOSEN, REJECTED), (text,), beta)
+    weight = _inverse_square(beta)
+    return _of_text("ipo_norm", PairSquared, beta, weight=weight, reward="mean_log_ratio")
 
 
 def sigmoid_norm(beta: float = 0.1) -> Objective:
@@ -101,7 +99,7 @@ def sigmoid_norm(beta: float = 0.1) -> Objective:
 
     l(r(w,v) / n(w) - r(l,v) / n(l))
     """
-    return Objective("sigmoid_norm", (CHOSEN, REJECTED), (_text("mean_log_ratio"),), beta)
+    return _of_text("sigmoid_norm", PairSigmoid, beta, reward="mean_log_ratio")
 
 
 def robust(beta: float = 0.1, label_smoothing: float = 0.1) -> Objective:
@@ -111,8 +109,7 @@ def robust(beta: float = 0.1, label_smoothing: float = 0.1) -> Objective:
 
     e is label_smoothing, the assumed share of flipped pairs.
     """
-    text = PairRobust(name="text", positive=0, negative=1, label_smoothing=label_smoothing)
-    return Objective("robust", (CHOSEN, REJECTED), (text,), beta)
+    return _of_text("robust", PairRobust, beta, label_smoothing=label_smoothing)
 
 
 def exo_pair(beta: float = 0.1, label_smoothing: float = 1e-3) -> Objective:
@@ -122,8 +119,7 @@ def exo_pair(beta: float = 0.1, label_smoothing: float = 1e-3) -> Objective:
 
     e is label_smoothing. The paper recommends 1e-3.
     """
-    text = PairExo(name="text", positive=0, negative=1, label_smoothing=label_smoothing)
-    return Objective("exo_pair", (CHOSEN, REJECTED), (text,), beta)
+    return _of_text("exo_pair", PairExo, beta, label_smoothing=label_smoothing)
 
 
 def nca_pair(beta: float = 0.1) -> Objective:
@@ -202,8 +198,7 @@ def discopop(beta: float = 0.05, discopop_tau: float = 0.05) -> Objective:
 
     (1 - a) l(m) + a exp(-m), a = s(m / discopop_tau), m = r(w,v) - r(l,v)
     """
-    text = PairDiscoPOP(name="text", positive=0, negative=1, tau=discopop_tau)
-    return Objective("discopop", (CHOSEN, REJECTED), (text,), beta)
+    return _of_text("discopop", PairDiscoPOP, beta, tau=discopop_tau)
 
 
 def sft() -> Objective:
@@ -250,8 +245,7 @@ def simpo(beta: float = 2.0, gamma: float = 1.0) -> Objective:
 
     The authors start from beta 2 and gamma / beta 0.5. TRL's default is beta 0.1, gamma 0.5.
     """
-    text = PairSigmoid(name="text", reward="mean_logp", positive=0, negative=1, target=gamma)
-    return Objective("simpo", (CHOSEN, REJECTED), (text,), beta)
+    return _of_text("simpo", PairSigmoid, beta, reward="mean_logp", target=gamma)
 
 
 def cpo(beta: float = 0.1, nll_weight: float = 1.0) -> Objective:
@@ -311,15 +305,14 @@ def with_visual(link: Objective, visual_weight: float = 1.0) -> Objective:
             f"the image. {link.name!r} has the leaves {link.leaves}."
         )
     rejected, visual = link.leaves.index(REJECTED), len(link.leaves)
-    repeated = [
-        replace(
-            term.moved({rejected: visual}),
-            name=_visual_name(term.name),
-            weight=visual_weight * term.weight,
-        )
-        for term in link.terms
-        if rejected in term.leaves
-    ]
+    repeated, names = [], {term.name for term in link.terms}
+    for term in link.terms:
+        if rejected in term.leaves:
+            own = _visual_name(term.name)
+            own = f"{term.name}_visual" if own in names else own
+            names.add(own)
+            moved = term.moved({rejected: visual})
+            repeated.append(replace(moved, name=own, weight=visual_weight * term.weight))
     name = "rdpo" if link.name == "dpo" else f"rdpo_{link.name}"
     return replace(link, name=name, leaves=(*link.leaves, VISUAL), terms=(*link.terms, *repeated))
 
@@ -503,6 +496,12 @@ def released(beta: float = 0.1, visual_weight: float = 1.0) -> Objective:
     rivals = tuple(leaf._replace(rival=True) for leaf in (REJECTED, VISUAL))
     terms = (_text(), _visual(visual_weight))
     return Objective("released", (CHOSEN, *rivals), terms, beta)
+
+
+def _of_text(name: str, link: Callable[..., Term], beta: float, **settings: Any) -> Objective:
+    """An objective of one link over the margin of chosen and rejected response."""
+    text = link(name="text", positive=0, negative=1, **settings)
+    return Objective(name, (CHOSEN, REJECTED), (text,), beta)
 
 
 def _text(reward: str = "log_ratio") -> Term:

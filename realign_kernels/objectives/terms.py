@@ -62,7 +62,7 @@ class Term:
     name: str
     """Name under which the loss of this term is reported."""
     weight: float = 1.0
-    """Factor in the sum of terms. 0 disables the term."""
+    """Factor in the sum of terms. A term of weight 0 is computed for the report only."""
     reward: str = "log_ratio"
     """Kind of the rewards that the term compares, one of `REWARDS`."""
 
@@ -77,6 +77,11 @@ class Term:
                 )
         self._require(self.weight >= 0, "weight", "finite and >= 0")
         leaves = self.leaves
+        if not leaves:
+            raise ValueError(
+                f"term {self.name!r} reads no leaf. Name its fields with leaf indices in "
+                f"{type(self).__name__}.leaf_fields."
+            )
         for leaf in leaves:
             if not isinstance(leaf, int) or isinstance(leaf, bool) or leaf < 0:
                 raise ValueError(

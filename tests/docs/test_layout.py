@@ -12,7 +12,7 @@ import realign_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
-    "config cli distributed files progress recipes terminal third_party",
+    "checks config cli distributed files loss_config progress recipes terminal third_party",
     "data digits",
     "modeling",
     "training pairs",

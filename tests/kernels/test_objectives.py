@@ -158,6 +158,20 @@ def test_the_visual_term_over_other_links():
     torch.testing.assert_close(found, parts(lambda *args: loss_of(mpo, *args), text) + 0.5 * again)
 
 
+def test_the_visual_counterpart_of_a_term_has_a_name_of_its_own():
+    terms = (
+        PairSigmoid(name="text", positive=0, negative=1),
+        AnchorSigmoid(name="rejected", leaf=1, below=True),
+    )
+    made = objectives.with_visual(rk.Objective("both", TWO, terms))
+    assert [term.name for term in made.terms] == ["text", "rejected", "visual", "rejected_visual"]
+
+
+def test_a_sum_keeps_the_shift_of_its_parts():
+    made = objectives.weighted_sum([objectives.bco_pair().at(1.5), objectives.sft()])
+    assert made.shift == 1.5 and objectives.with_visual(made).shift == 1.5
+
+
 def test_the_running_mean_is_the_mean_of_all_rewards():
     objective = objectives.with_visual(objectives.bco_pair())
     assert objective.shifted_leaves == (0, 1, 2)
@@ -168,6 +182,7 @@ def test_the_running_mean_is_the_mean_of_all_rewards():
     assert mean.value == pytest.approx(torch.cat(batches, 1).mean().item()) and mean.count == 12
     again = objectives.RunningMean(mean.value, mean.count)
     again.add(2.0, 4)
+    again.add(math.nan, 0)  # no examples
     assert again.value == pytest.approx((mean.value * 12 + 8) / 16)
 
 
@@ -208,8 +223,18 @@ MISTAKES = [
     (lambda: objectives.get("dpo+rdop"), r"unknown objective 'rdop'"),
     (lambda: objectives.get("dpo+sft", (1,)), r"2 objectives need as many weights, got 1"),
     (lambda: objectives.get("dpo+sft", (1, -1)), r"weights must be finite and >= 0, got -1"),
-    (lambda: objectives.get("dpo+dpo"), r"two terms with the same name"),
-    (lambda: objectives.get("dpo+simpo"), r"different betas, 0.1, 2.0. Give all the same beta"),
+    (lambda: objectives.get("dpo+sigmoid"), r"the sum 'dpo\+sigmoid' has an objective twice"),
+    (lambda: objectives.get("dpo+simpo"), r"defaults of beta: 0.1 of dpo, 2.0 of simpo. Give beta"),
+    (lambda: objectives.get("orpo+simpo"), r"different defaults of beta: 0.1 of orpo"),
+    (
+        lambda: objectives.weighted_sum([objectives.dpo(), objectives.simpo()]),
+        r"different betas, 0.1, 2.0. Give all the same beta",
+    ),
+    (
+        lambda: objectives.weighted_sum([objectives.bco_pair().at(1), objectives.mpo()]),
+        r"different shifts. Call `at` on their sum instead",
+    ),
+    (lambda: objectives.get("dpo+sft", (0, 0)), r"weights of a sum are all 0"),
     (lambda: objectives.get("dpo+sft", gamma=1), r"'dpo\+sft' has no setting gamma"),
     (lambda: objectives.with_visual(objectives.rdpo()), r"'rdpo' has the leaves"),
     (lambda: objectives.with_visual(objectives.sft()), r"'sft' has the leaves"),

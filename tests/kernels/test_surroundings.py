@@ -151,13 +151,14 @@ def test_a_view_without_its_last_position(trainable):
 
 
 class Mean(objectives.PairSigmoid):
-    def __call__(self, rewards):
-        return super().__call__(rewards).mean()
+    def __call__(self, values):
+        return super().__call__(values).mean()
 
 
 class Centred(objectives.PairSigmoid):
-    def __call__(self, rewards):
-        return super().__call__(rewards - rewards.mean(1, keepdim=True))
+    def __call__(self, values):
+        centred = values.rewards - values.rewards.mean(1, keepdim=True)
+        return super().__call__(values._replace(rewards=centred))
 
 
 def test_a_term_must_return_a_loss_per_example():

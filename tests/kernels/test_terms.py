@@ -27,6 +27,7 @@ from realign_kernels.objectives import (
     PairSquared,
     PlackettLuce,
     SoftmaxNegatives,
+    Term,
 )
 
 LINKS = {
@@ -177,6 +178,13 @@ def test_no_setting_of_a_preset_may_be_nan_or_infinite(name):
             objectives.get(name, **{setting: bad})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forgetful(Term):
+    """A term that does not name its field with a leaf index."""
+
+    leaf: int = 0
+
+
 PAIR = {"name": "t", "positive": 0, "negative": 1}
 MISTAKES = [
     (PairSigmoid, PAIR | {"weight": -1}, r"weight of term 't' must be finite and >= 0, got -1"),
@@ -211,6 +219,7 @@ MISTAKES = [
         r"omegas of term 't' must be finite and > 0 .* got \(0.0,\)",
     ),
     (SoftmaxNegatives, {"name": "t", "positive": 0, "negatives": (1, 0)}, r"a leaf twice"),
+    (Forgetful, {"name": "t"}, r"'t' reads no leaf. Name .* in Forgetful.leaf_fields"),
     (PlackettLuce, {"name": "t", "ranking": (0,)}, r"ranking .* two or more .* got \(0,\)"),
     (PlackettLuce, {"name": "t", "ranking": (0, 1, 0)}, r"a leaf twice"),
     (MarginDifference, {"name": "t", "first": (0, 0), "second": (1, 2)}, r"first .* \(0, 0\)"),

@@ -1,5 +1,6 @@
 """Every option of every command; flags, TOML files and errors in them."""
 
+import itertools
 import re
 from dataclasses import asdict, dataclass, fields
 
@@ -383,6 +384,21 @@ def test_sums_and_links():
     )
 
 
+def test_a_sum_on_the_command_line_is_that_of_the_library():
+    """Or both refuse it: parts with different defaults of a setting."""
+    names, made = [n for n in objectives.PRESETS if n not in ("lpoi", "mispdpo")], 0
+    for pair in itertools.permutations(names, 2):
+        try:
+            expected = objectives.get("+".join(pair))
+        except ValueError:
+            with pytest.raises(ValueError, match="different defaults of"):
+                config.LossConfig(objective="+".join(pair))
+        else:
+            assert config.LossConfig(objective="+".join(pair)).build() == expected
+            made += 1
+    assert made > 400
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -393,7 +409,13 @@ def test_sums_and_links():
         ("--objective dpo --loss-weights 1", "--loss-weights would have no effect: dpo is no sum"),
         ("--objective dpo+sft --loss-weights 1,x", "--loss-weights is '1,x'. Give numbers with"),
         ("--objective dpo+sft --loss-weights 1", "2 objectives need as many weights, got 1"),
-        ("--objective dpo+simpo", "different betas, 0.1, 2.0. Give all the same beta"),
+        (
+            "--objective dpo+simpo",
+            "different defaults of beta: 0.1 of dpo, 2.0 of simpo. Give beta",
+        ),
+        ("--objective cdpo+exo_pair", "of label_smoothing: 0.1 of cdpo, 0.001 of exo_pair. Give"),
+        ("--objective dpo+sigmoid", "has an objective twice"),
+        ("--objective dpo+sft --loss-weights 0,0", "weights of a sum are all 0"),
         ("--objective exo_pair --label-smoothing 0", "label-smoothing of term 'text' must be in"),
     ],
 )

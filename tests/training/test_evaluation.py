@@ -450,8 +450,9 @@ def test_a_higher_margin_is_better(files, tmp_path, monkeypatch):
     assert_exported(tmp_path, 2)
 
 
-def test_a_held_out_loss_that_is_not_finite(files, tmp_path, monkeypatch, capsys):
-    """It is reported with its records, and the run continues."""
+@pytest.mark.parametrize("metric", ["loss", "rewards/accuracies"])
+def test_a_held_out_loss_that_is_not_finite(files, tmp_path, monkeypatch, capsys, metric):
+    """It is reported, and never the best: an accuracy counts NaN as wrong and stays finite."""
     forward, name = ForestModel.forward, read_pairs(files[1])[5].name
 
     def broken(self, batch, *given):
@@ -461,13 +462,14 @@ def test_a_held_out_loss_that_is_not_finite(files, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(ForestModel, "forward", broken)
     more = ("--eval-pairs", files[1], "--micro-batch-size", 1, "--load-best", *FAST)
+    more += ("--best-metric", metric)
     run(files[0], tmp_path, *more, steps=2)
     shown = capsys.readouterr().out
     assert (
         f"the loss of held-out records is nan. It comes from a forward with record(s) {name}. C"
         in shown
     )
-    assert "eval/loss was never finite" in shown
+    assert f"eval/{metric} was never finite" in shown
     assert "no evaluation was finite; the last weights are exported" in shown
     assert_exported(tmp_path, 2)
 

@@ -179,13 +179,15 @@ def test_parameters_without_gradients_have_no_state(pairs_file, tmp_path):
 
 def test_a_run_of_an_earlier_version_resumes(pairs_file, tmp_path):
     """Settings that it did not have count as their defaults."""
-    run(pairs_file, tmp_path, "--save-every", 1, steps=1)
+    given = ("--objective", "cdpo", "--save-every", 1)
+    run(pairs_file, tmp_path, *given, steps=1)
     identity = json.loads((tmp_path / "run.json").read_text())
-    for section, name in (("model", "lora_targets"), ("optim", "schedule")):
+    newer = (("model", "lora_targets"), ("optim", "schedule"), ("loss", "label_smoothing"))
+    for section, name in newer:
         del identity["config"][section][name]
     del identity["reference"]
     (tmp_path / "run.json").write_text(json.dumps(identity))
-    assert len(run(pairs_file, tmp_path, "--save-every", 1, "--resume", steps=1)) == 1
+    assert len(run(pairs_file, tmp_path, *given, "--resume", steps=1)) == 1
     with pytest.raises(ValueError, match=r"Changed: schedule \('cosine' -> 'linear'\)\."):
-        words = ("--save-every", 1, "--schedule", "linear", "--resume")
+        words = (*given, "--schedule", "linear", "--resume")
         run(pairs_file, tmp_path, *words, steps=1)
