@@ -195,7 +195,8 @@ def _corrected_word(difference: Difference) -> str:
 def blocks(results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -> dict[str, str]:
     """Return the blocks of docs/study.md: the findings, and the tables of each run by its name.
 
-    With a run that compares losses, the block `losses` has the findings of these runs.
+    With a run that compares losses, the block `losses` has the findings of these runs. The blocks
+    of those that are missing then report that.
 
     Args:
         results_of: name of a run -> its results.
@@ -205,6 +206,9 @@ def blocks(results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -
     tables = {n: run_block(n, results_of[n], testbeds[n].images) for n in results_of}
     groups = {"findings": sentences, "losses": loss_findings(results_of, testbeds)}
     listed = {n: "\n".join(f"- {s}" for s in group) for n, group in groups.items() if group}
+    if "losses" in listed:
+        absent = {name: "This run has not been made." for name in LOSS_RUNS}
+        tables = absent | tables
     return listed | tables
 
 

@@ -327,7 +327,7 @@ def test_a_comparison_of_losses_has_the_rates_and_the_folder_of_its_testbed(tmp_
         docs / "study" / "digits.jsonl", TESTBEDS["digits"], both([0.3], [0.2]) + tuned
     )
     before = page.blocks(*runs.read_archive(docs / "study"))
-    names = ("findings", "digits", "losses", "digits-losses")
+    names = ("findings", "digits", "losses", *LOSS_RUNS)
     lines = "".join(f"<!-- {name}: generated -->\n<!-- /{name} -->\n" for name in names)
     (docs / "study.md").write_text(lines)
     asked = []
@@ -343,6 +343,7 @@ def test_a_comparison_of_losses_has_the_rates_and_the_folder_of_its_testbed(tmp_
     text = (docs / "study.md").read_text()
     assert all(block in text for block in before.values())  # the other run counts as before
     assert "This run has no results for: mpo, simpo, rdpo mpo, rdpo simpo." in text
+    assert text.count("This run has not been made.") == 2
     asked.clear()
     (docs / "study" / "digits.jsonl").unlink()
     assert main(["--testbed", "digits-losses", *output]) == 0
