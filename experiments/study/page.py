@@ -206,7 +206,7 @@ def blocks(results_of: Mapping[str, Results], testbeds: Mapping[str, Testbed]) -
     tables = {n: run_block(n, results_of[n], testbeds[n].images) for n in results_of}
     groups = {"findings": sentences, "losses": loss_findings(results_of, testbeds)}
     listed = {n: "\n".join(f"- {s}" for s in group) for n, group in groups.items() if group}
-    if "losses" in listed:
+    if any(name in LOSS_RUNS for name in results_of):
         absent = {name: "This run has not been made." for name in LOSS_RUNS}
         tables = absent | tables
     return listed | tables
