@@ -361,27 +361,22 @@ def losses(**rates):
 
 def test_findings_of_losses_are_clear_after_correction_only():
     rdpo, dpo = [0.20, 0.22, 0.21, 0.23, 0.19], [0.40, 0.41, 0.42, 0.40, 0.41]
-    mpo, simpo = [0.30, 0.31, 0.33, 0.32, 0.30], [0.18, 0.215, 0.20, 0.205, 0.18]
-    found = losses(dpo=dpo, rdpo=rdpo, mpo=mpo, simpo=simpo)
-    p = [stats.ttest_rel(b, a).pvalue for a, b in ((rdpo, mpo), (rdpo, simpo), (dpo, mpo))]
-    assert p[1] < 0.05  # before the correction
-    compared = analysis.differences(found, LOSS_COMPARISONS, "hallucination_rate")
-    assert [(d.first, d.second) for d in compared] == [
-        ("rdpo", "mpo"), ("rdpo", "simpo"), ("dpo", "mpo"), ("dpo", "simpo"),
-    ]  # fmt: skip
+    mpo = [0.30, 0.31, 0.33, 0.32, 0.30]
+    fewer, unclear = [0.18, 0.20, 0.19, 0.20, 0.17], [0.19, 0.20, 0.20, 0.23, 0.17]
     beds = {"digits-losses": TESTBEDS["digits"]}
+    found = losses(dpo=dpo, rdpo=rdpo, mpo=mpo, simpo=fewer)
     sentences = page.loss_findings({"digits-losses": found}, beds)
-    assert len(sentences) == 4
+    assert len(sentences) == 4  # the two links have no results
     assert "more digits after MPO than after rDPO: 31.2 against 21.0 %" in sentences[0]
-    assert "fewer digits after SimPO than after DPO: 19.6 against 40.8 %" in sentences[3]
-    noisy = [0.15, 0.24, 0.20, 0.21, 0.185]
-    unclear = losses(dpo=dpo, rdpo=rdpo, mpo=mpo, simpo=noisy)
-    assert (
-        "neither clearly fewer nor clearly more digits after SimPO than after rDPO"
-        in (page.loss_findings({"digits-losses": unclear}, beds)[1])
-    )
+    assert "fewer digits after SimPO than after rDPO: 18.8 against 21.0 %" in sentences[1]
+    assert "fewer digits after SimPO than after DPO: 18.8 against 40.8 %" in sentences[3]
+    assert 0.025 < stats.ttest_rel(unclear, rdpo).pvalue < 0.05
+    found = losses(rdpo=rdpo, mpo=unclear, simpo=unclear)  # two equal p-values are doubled
+    words = "neither clearly fewer nor clearly more digits after"
+    sentences = page.loss_findings({"digits-losses": found}, beds)
+    assert [words in sentence for sentence in sentences] == [True, True]
     one = losses(rdpo=[0.2], mpo=[0.3])
-    assert "neither clearly" in page.loss_findings({"digits-losses": one}, beds)[0]
+    assert words in page.loss_findings({"digits-losses": one}, beds)[0]
 
 
 def test_a_table_of_losses_has_margins_of_log_ratios_only():
