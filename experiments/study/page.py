@@ -229,7 +229,8 @@ def run_block(name: str, results: Results, images: str) -> str:
     if drawn := curves_of(results):
         parts.append(f"![Misnamed images over {' and '.join(drawn)}](study/{name}-curves.png)")
     tested = ([], LOSS_COMPARISONS) if name in LOSS_RUNS else ([PRIMARY], COMPARISONS)
-    parts += ["### Paired tests", _comparisons(results, *tested)]
+    if tests := _comparisons(results, *tested):
+        parts += ["### Paired tests", tests]
     if tuning_of(results):
         parts += ["### Learning rates", _tuning(results)]
     return "\n\n".join(parts)
@@ -266,7 +267,8 @@ def _comparisons(
         lines.append([d.first, d.second, _points(d.mean), f"{d.p:.2g}", ""])
     for d in differences(results, corrected, "hallucination_rate"):
         lines.append([d.first, d.second, _points(d.mean), f"{d.p:.2g}", f"{d.adjusted:.2g}"])
-    return table(["first", "second", "second - first, points", "p", "p, Holm"], lines)
+    columns = ["first", "second", "second - first, points", "p", "p, Holm"]
+    return table(columns, lines) if lines else ""
 
 
 def _tuning(results: Results) -> str:
