@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.tables import put
+from experiments.study.arms import ARMS_OF, LOSS_RUNS
 from realign.cli import one_line_errors, parse_sections
 from realign.files import check_file, check_folder
 from realign.third_party import silence_third_party
@@ -24,7 +25,8 @@ class StudyConfig:
     docs: str = "docs"
     """Folder of study.md and study/. The generated blocks of the page are replaced."""
     testbed: str = "both"
-    """Testbed to run: digits, photographs or both."""
+    """Run to make: digits, photographs, both of them, or a comparison of losses: demo-losses,
+    digits-losses or photographs-losses."""
     seeds: int = 5
     """Number of seeds. Each seed has its own base, pairs and training."""
     jobs: int = 2
@@ -36,10 +38,9 @@ class StudyConfig:
         for name in ("seeds", "jobs"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise ValueError(f"{name} is {getattr(self, name)}. It must be from 1 to {MOST}.")
-        if self.testbed not in ("digits", "photographs", "both"):
-            raise ValueError(
-                f"testbed is {self.testbed!r}. It must be 'digits', 'photographs' or 'both'."
-            )
+        if self.testbed != "both" and self.testbed not in ARMS_OF:
+            known = ", ".join(ARMS_OF)
+            raise ValueError(f"testbed is {self.testbed!r}. It must be one of {known}, or both.")
 
 
 def study(config: StudyConfig) -> None:
@@ -55,16 +56,18 @@ def study(config: StudyConfig) -> None:
     if not config.report:
         check_folder("--output", config.output)
     from experiments.study import page, plots, runs
-    from experiments.study.arms import ARMS_OF
     from experiments.study.testbed import TESTBEDS
 
     archive = Path(config.docs) / "study"
-    testbeds = TESTBEDS if config.testbed == "both" else {config.testbed: TESTBEDS[config.testbed]}
-    if "photographs" in testbeds and not config.report:
+    names = ("digits", "photographs") if config.testbed == "both" else (config.testbed,)
+    bed_of = {name: name.removesuffix("-losses") for name in names}
+    if "photographs" in bed_of.values() and not config.report:
         _check_installed("skimage")
-    for name, bed in {} if config.report else testbeds.items():
-        folder = Path(config.output) / name
-        results = runs.run_all(folder, bed, ARMS_OF[name], config.seeds, config.jobs)
+    for name, bed_name in {} if config.report else bed_of.items():
+        # Runs on one testbed share its folder, so they train on the same bases and pairs.
+        folder, bed = Path(config.output) / bed_name, TESTBEDS[bed_name]
+        known = runs.known_rates(archive / f"{bed_name}.jsonl") if name in LOSS_RUNS else {}
+        results = runs.run_all(folder, bed, ARMS_OF[name], config.seeds, config.jobs, known)
         runs.save_archive(archive / f"{name}.jsonl", bed, results)
     results_of, beds = runs.read_archive(archive)
     for name, results in results_of.items():
@@ -76,6 +79,7 @@ def study(config: StudyConfig) -> None:
         put(readme, {"study": page.summary(results_of, beds)})
     findings = page.findings(results_of, beds)
     print("\n".join(sentence for sentences in findings.values() for sentence in sentences))
+    print("\n".join(page.loss_findings(results_of, beds)))
 
 
 def _check_installed(module: str) -> None:

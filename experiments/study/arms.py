@@ -32,16 +32,18 @@ class Arm:
         name: unique name.
         objective: objective of `realign.train`.
         pairs: settings of the training data.
-        beta: beta of the objective.
+        beta: beta of the objective, or None for its own default.
         visual_weight: weight of the visual term.
+        link: objective that rDPO repeats for the image, or None for that of DPO.
         tuned_as: name of the arm with the learning rate, or empty for the arm itself.
     """
 
     name: str
     objective: str
     pairs: Pairs = Pairs()
-    beta: float = 0.1
+    beta: float | None = 0.1
     visual_weight: float = 1.0
+    link: str | None = None
     tuned_as: str = ""
 
     @property
@@ -82,8 +84,19 @@ _BY_SEGMENTS = tuple(
 ARMS = (
     *_METHODS, *_BY_NEGATIVE, *_BY_SEGMENTS, *_BY_REFILL, *_BY_WEIGHT, *_BY_BETA, *_BY_K,
 )  # fmt: skip
+LOSSES = (
+    *_METHODS[:2],
+    Arm("mpo", "mpo", beta=None),
+    Arm("simpo", "simpo", beta=None),
+    Arm("rdpo mpo", "rdpo", beta=None, link="mpo"),
+    Arm("rdpo simpo", "rdpo", beta=None, link="simpo"),
+)
+"""Arms of the comparison of losses. MPO and SimPO have the settings of their authors."""
+LOSS_RUNS = ("demo-losses", "digits-losses", "photographs-losses")
+"""Runs that compare losses. The first part of a name is the testbed."""
 ARMS_OF = {"digits": ARMS, "photographs": (*_METHODS[:2], _BY_NEGATIVE[0])}
-"""Arms of each testbed. Photographs have DPO, rDPO, and rDPO with a random negative."""
+ARMS_OF |= dict.fromkeys(LOSS_RUNS, LOSSES)
+"""Arms of each run. Photographs have DPO, rDPO, and rDPO with a random negative."""
 
 SECTIONS = {
     "Methods": ("base", "dpo", "rdpo", "mdpo", "symmpo", "released"),
@@ -111,3 +124,19 @@ COMPARISONS = (
     ("rdpo prompt", "rdpo"),
 )
 """Further tested pairs of tuned arms, selected before any arm was run."""
+
+LOSS_SECTIONS = {
+    "Losses": ("base", "dpo", "rdpo", "mpo", "simpo"),
+    "The visual term over other losses": ("dpo", "rdpo", "mpo", "rdpo mpo", "simpo",
+                                          "rdpo simpo"),
+}  # fmt: skip
+"""Tables of a run that compares losses."""
+LOSS_COMPARISONS = (
+    ("rdpo", "mpo"),
+    ("rdpo", "simpo"),
+    ("dpo", "mpo"),
+    ("dpo", "simpo"),
+    ("mpo", "rdpo mpo"),
+    ("simpo", "rdpo simpo"),
+)
+"""Tested pairs of a run that compares losses, selected before any of these arms was run."""

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from experiments.study.analysis import Results, complete, mean, values
-from experiments.study.arms import BETAS, SECTIONS, WEIGHTS
+from experiments.study.arms import BETAS, LOSS_SECTIONS, SECTIONS, WEIGHTS
 
 CURVES = {
     "weight of the visual term": {
@@ -34,7 +34,8 @@ def _save(figure, file: Path) -> None:
 
 def draw(file: Path, results: Results) -> None:
     """Draw the misnamed images of every arm, with intervals as bars and seeds as dots."""
-    names = list(dict.fromkeys(name for group in SECTIONS.values() for name in group))
+    groups = (*SECTIONS.values(), *LOSS_SECTIONS.values())
+    names = list(dict.fromkeys(name for group in groups for name in group))
     names = [name for name in names if values(results, name, "hallucination_rate")][::-1]
     figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(names) + 1))
     for place, name in enumerate(names):

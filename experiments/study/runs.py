@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,11 +29,17 @@ from experiments.study.testbed import (
 from realign.files import read_jsonl, write_whole
 
 LAST = 10  # steps in the average of the margins
+OWN = ("beta", "gamma", "nll_weight")  # settings with a default of the objective
 Job = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 def run_all(
-    folder: Path, bed: Testbed, arms: Sequence[Arm], seeds: int, jobs: int
+    folder: Path,
+    bed: Testbed,
+    arms: Sequence[Arm],
+    seeds: int,
+    jobs: int,
+    known: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Run every job without a result.
 
@@ -43,27 +49,31 @@ def run_all(
         arms: arms of this testbed.
         seeds: number of seeds. Each has its own base, pairs and order of training.
         jobs: number of parallel processes, with one thread each.
+        known: learning rates of arms that are not tuned again.
 
     Returns:
         The results (`run_arm`), ordered by seed. The tuning seed has results at all rates, the
-        other seeds at the best rate of the tuning seed.
+        other seeds at the best rate of the tuning seed. Other arms in the folder are left out.
 
     Raises:
         ValueError: if the folder holds a study of another testbed.
     """
     _claim(folder, bed)
     numbers = [TUNING_SEED, *range(seeds)]
-    tuned = [arm for arm in arms if arm.tuned]
+    known = known or {}
+    tuned = [arm for arm in arms if arm.tuned and arm.name not in known]
+    own = {"base", *(arm.name for arm in tuned)}
     kinds = {seed: list(dict.fromkeys(arm.pairs for arm in arms)) for seed in range(seeds)}
     kinds[TUNING_SEED] = list(dict.fromkeys(arm.pairs for arm in tuned))
     with _pool(jobs) as pool:
         _run(pool, "bases", [(prepare, (folder, bed, seed, kinds[seed])) for seed in numbers])
         tuning = [(arm, rate) for arm in tuned for rate in LEARNING_RATES]
+        tried_rates = {}
         while tuning:
             _run(pool, "tuning", [(run_arm, (folder, bed, a, TUNING_SEED, r)) for a, r in tuning])
             tried_rates = tuning_of(results(folder))
             tuning = [(arm, rate) for arm in tuned if (rate := next_rate(tried_rates[arm.name]))]
-        rates = {name: best_rate(tried) for name, tried in tried_rates.items()}
+        rates = {name: best_rate(tried) for name, tried in tried_rates.items()} | {**known}
         runs: list[Job] = [(run_base, (folder, bed, seed)) for seed in numbers]
         runs += [
             (run_arm, (folder, bed, arm, seed, rates[arm.tuned_as or arm.name]))
@@ -75,7 +85,7 @@ def run_all(
     return [
         r
         for r in results(folder)
-        if r["seed"] == TUNING_SEED
+        if (r["seed"] == TUNING_SEED and r["arm"] in own)
         or (r["seed"] in numbers and r["learning_rate"] == rate_of_arm.get(r["arm"], -1))
     ]
 
@@ -99,7 +109,8 @@ def save_archive(file: Path, bed: Testbed, results: Iterable[dict[str, Any]]) ->
 def read_archive(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Testbed]]:
     """Return the results and the testbed of each archive, by its name.
 
-    Archives are named after testbeds. `digits-again.jsonl` is a second run of the digits.
+    Archives are named after runs. `digits-again.jsonl` is a second run of the digits, and
+    `digits-losses.jsonl` compares losses on them.
 
     Raises:
         ValueError: if the folder has no archive.
@@ -121,6 +132,14 @@ def tuning_of(results: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]
             misnamed = result["metrics"]["hallucination_rate"]
             tried.setdefault(result["arm"], {})[rate] = misnamed
     return tried
+
+
+def known_rates(file: Path) -> dict[str, float]:
+    """Return the best rates of an archive by the name of the arm, or none without the archive."""
+    if not file.exists():
+        return {}
+    results = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    return {name: best_rate(tried) for name, tried in tuning_of(results).items()}
 
 
 def best_rate(tried: dict[float, float]) -> float:
@@ -209,7 +228,11 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
     name = f"seed{seed}-{arm.name.replace(' ', '-')}-{learning_rate:g}"
     file, output = folder / "results" / f"{name}.json", folder / "runs" / name
     pairs = pairs_file(folder, seed, arm.pairs)
+    loss = LossConfig(
+        objective=arm.objective, link=arm.link, beta=arm.beta, visual_weight=arm.visual_weight
+    )
     settings = asdict(arm) | {"steps": bed.steps, "batch_size": bed.batch_size}
+    settings |= {key: getattr(loss, key) for key in OWN if getattr(loss, key) is not None}
     settings |= {"pairs_used": pq.read_metadata(pairs).num_rows}
     if file.exists():
         if json.loads(file.read_text())["settings"] != settings:
@@ -225,7 +248,7 @@ def run_arm(folder: Path, bed: Testbed, arm: Arm, seed: int, learning_rate: floa
             dtype="fp32",
         ),
         data=DataConfig(pairs=str(pairs)),
-        loss=LossConfig(objective=arm.objective, beta=arm.beta, visual_weight=arm.visual_weight),
+        loss=loss,
         optim=OptimConfig(learning_rate=learning_rate, steps=bed.steps, batch_size=bed.batch_size),
         run=RunConfig(
             output=str(output),

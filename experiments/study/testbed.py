@@ -9,6 +9,7 @@ selected by results of bases only.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 from experiments.digits_pretrain import pretrain
 from experiments.study import photographs
 from realign.data.records import Record, StoredImage
-from realign.digits.scenes import CAPTION_PROMPT, Scene, handwritten, make_scenes
+from realign.digits import ASSETS
+from realign.digits.scenes import CAPTION_PROMPT, NOISE, PRIOR, Scene, handwritten, make_scenes
 from realign.evaluate import EVALUATION_SEED
 
 TUNING_SEED = 100
@@ -30,7 +32,7 @@ class Testbed:
     pictures: str = "digits"  # codespell:ignore
     noise: float = 0.25  # grey levels
     follow: float = 0.99  # share of rows that follow the prior
-    base_steps: int = 1000
+    base_steps: int = 1000  # of pretraining, or 0 for the shipped digits model
     records: int = 1024  # source scenes of the pairs
     steps: int = 80  # of training
     batch_size: int = 32
@@ -50,11 +52,19 @@ class Testbed:
 
 
 GLYPHS = {"digits": handwritten, "photographs": photographs.patches}
-TESTBEDS = {"digits": Testbed(), "photographs": Testbed("photographs", noise=0.1)}
+TESTBEDS = {
+    "digits": Testbed(),
+    "photographs": Testbed("photographs", noise=0.1),
+    "demo": Testbed(noise=NOISE, follow=PRIOR, base_steps=0),
+}
 
 
 def make_base(folder: Path, bed: Testbed, seed: int) -> None:
-    """Pretrain the base of a seed and write it to `folder` atomically."""
+    """Write the base of a seed to `folder` atomically: pretrained, or the shipped model."""
+    if not bed.base_steps:
+        shutil.copytree(ASSETS, folder.with_name(f".{folder.name}.partial"), dirs_exist_ok=True)
+        folder.with_name(f".{folder.name}.partial").replace(folder)
+        return
     model, processor = pretrain(bed.base_steps, seed, completions=True, progress=False, **bed.drawn)
     partial = folder.with_name(f".{folder.name}.partial")
     model.save_pretrained(partial)

@@ -24,18 +24,30 @@ from experiments.study.arms import (
     COMPARISONS,
     HIGHEST,
     LEARNING_RATES,
+    LOSS_COMPARISONS,
+    LOSS_RUNS,
+    LOSS_SECTIONS,
+    LOSSES,
     LOWEST,
     PRIMARY,
     SECTIONS,
     Arm,
     Pairs,
 )
-from experiments.study.testbed import TESTBEDS, TUNING_SEED, Testbed, source_records, test_scenes
+from experiments.study.testbed import (
+    TESTBEDS,
+    TUNING_SEED,
+    Testbed,
+    make_base,
+    source_records,
+    test_scenes,
+)
 from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.digits.scenes import PLACES, WORDS, Scene, caption_of, digits_in
 from realign.evaluate import answer
 from realign.modeling.loading import load_processor, load_trained
+from realign_kernels import objectives
 
 SMALL = Testbed(
     noise=0.2, follow=0.97, records=24, steps=3, batch_size=8, scenes=20, biased_scenes=10
@@ -125,7 +137,11 @@ def test_every_arm_is_in_a_table_and_comparisons_name_arms():
     compared = {name for pair in (PRIMARY, *COMPARISONS) for name in pair}
     assert compared <= {arm.name for arm in ARMS if arm.tuned} | {"base"}
     assert all(arm.tuned_as in names | {""} for arm in ARMS)
-    assert ARMS_OF.keys() == TESTBEDS.keys()
+    losses = {arm.name for arm in LOSSES}
+    assert len(losses) == len(LOSSES)
+    assert losses | {"base"} == {name for group in LOSS_SECTIONS.values() for name in group}
+    assert {name for pair in LOSS_COMPARISONS for name in pair} == losses
+    assert {name.removesuffix("-losses") for name in ARMS_OF} == TESTBEDS.keys()
     for arms in ARMS_OF.values():  # each arm's learning rate is tuned on its testbed
         assert {arm.tuned_as or arm.name for arm in arms} <= {arm.name for arm in arms}
 
@@ -163,6 +179,46 @@ def folder(tmp_path_factory):
     shutil.copytree(ASSETS, home / "base")
     runs.prepare(folder, SMALL, TUNING_SEED, [Pairs(kind) for kind in KINDS])
     return folder
+
+
+def test_the_arms_of_losses_train_these_objectives(folder, monkeypatch):
+    wanted = {
+        "dpo": objectives.dpo(0.1),
+        "rdpo": objectives.rdpo(0.1, 1.0),
+        "mpo": objectives.mpo(0.1, 0.8, 0.2, 1.0),
+        "simpo": objectives.simpo(2.0, 1.0),
+        "rdpo mpo": objectives.with_visual(objectives.mpo(0.1, 0.8, 0.2, 1.0), 1.0),
+        "rdpo simpo": objectives.with_visual(objectives.simpo(2.0, 1.0), 1.0),
+    }
+    trained, written = {}, {}
+
+    def train(config):
+        trained[arm.name] = config.loss.build()
+        (folder / "runs" / f"seed{TUNING_SEED}-{arm.name.replace(' ', '-')}-1").mkdir(parents=True)
+
+    monkeypatch.setattr("realign.train.train", train)
+    monkeypatch.setattr(runs, "read_jsonl", lambda file: [{}])
+    monkeypatch.setattr(runs, "_judge", lambda *_: {"metrics": {}})
+    monkeypatch.setattr(runs, "_write_result", lambda file, **about: written.update({arm: about}))
+    for arm in LOSSES:
+        runs.run_arm(folder, SMALL, arm, TUNING_SEED, 1.0)
+    assert trained == wanted
+    settings = {arm.name: about["settings"] for arm, about in written.items()}
+    assert {name: (s["beta"], s.get("gamma"), s["link"]) for name, s in settings.items()} == {
+        "dpo": (0.1, None, None),
+        "rdpo": (0.1, None, None),
+        "mpo": (0.1, None, None),
+        "simpo": (2.0, 1.0, None),
+        "rdpo mpo": (0.1, None, "mpo"),
+        "rdpo simpo": (2.0, 1.0, "simpo"),
+    }
+
+
+def test_the_base_of_the_demo_is_the_shipped_model(tmp_path):
+    make_base(tmp_path / "base", TESTBEDS["demo"], 3)
+    copied = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
+    shipped = {file.name: file.read_bytes() for file in ASSETS.iterdir()}
+    assert copied == shipped and [*tmp_path.iterdir()] == [tmp_path / "base"]
 
 
 def test_pairs_of_each_kind_have_responses_for_symmpo(folder):
@@ -252,6 +308,99 @@ def test_a_whole_study_tunes_and_takes_the_best_rate(folder, monkeypatch, one_th
     stray |= {"learning_rate": 9.0}  # left by an earlier tuning
     (whole / "results" / "seed0-dpo-9.json").write_text(json.dumps(stray))
     assert runs.run_all(whole, TINY, arms, seeds=1, jobs=1) == found
+    simpo = Arm("simpo", "simpo", beta=None)
+    added = runs.run_all(whole, TINY, (simpo,), seeds=1, jobs=1, known={"simpo": 1e-3})
+    assert [(r["seed"], r["arm"], r["learning_rate"]) for r in added] == [
+        (0, "base", None),
+        (0, "simpo", 1e-3),
+        (TUNING_SEED, "base", None),
+    ]
+    assert added[0] == found[0]  # the same base
+
+
+def test_a_comparison_of_losses_has_the_rates_and_the_folder_of_its_testbed(tmp_path, monkeypatch):
+    tuned = [
+        result("rdpo", TUNING_SEED, v, learning_rate=lr) for lr, v in ((1e-4, 0.3), (2e-4, 0.2))
+    ]
+    docs = tmp_path / "docs"
+    runs.save_archive(
+        docs / "study" / "digits.jsonl", TESTBEDS["digits"], both([0.3], [0.2]) + tuned
+    )
+    before = page.blocks(*runs.read_archive(docs / "study"))
+    names = ("findings", "digits", "losses", *LOSS_RUNS)
+    lines = "".join(f"<!-- {name}: generated -->\n<!-- /{name} -->\n" for name in names)
+    (docs / "study.md").write_text(lines)
+    asked = []
+
+    def run_all(folder, bed, arms, seeds, jobs, known):
+        asked.append((folder, bed, arms, known))
+        return both([0.3, 0.4], [0.2, 0.1])
+
+    monkeypatch.setattr(runs, "run_all", run_all)
+    output = ["--output", str(tmp_path / "out"), "--docs", str(docs)]
+    assert main(["--testbed", "digits-losses", *output]) == 0
+    assert asked == [(tmp_path / "out" / "digits", TESTBEDS["digits"], LOSSES, {"rdpo": 2e-4})]
+    text = (docs / "study.md").read_text()
+    assert all(block in text for block in before.values())  # the other run counts as before
+    assert "This run has no results for: mpo, simpo, rdpo mpo, rdpo simpo." in text
+    assert text.count("This run has not been made.") == 2
+    asked.clear()
+    (docs / "study" / "digits.jsonl").unlink()
+    assert main(["--testbed", "digits-losses", *output]) == 0
+    assert asked[0][-1] == {}  # all arms are tuned
+
+
+def losses(**rates):
+    """Results of arms of losses, with one seed for each value."""
+    return [
+        result(name.replace("_", " "), seed, rate, **{"rewards/margins": 1.25})
+        for name, found in rates.items()
+        for seed, rate in enumerate(found)
+    ]
+
+
+def test_findings_of_losses_are_clear_after_correction_only():
+    rdpo, dpo = [0.20, 0.22, 0.21, 0.23, 0.19], [0.40, 0.41, 0.42, 0.40, 0.41]
+    mpo = [0.30, 0.31, 0.33, 0.32, 0.30]
+    fewer, unclear = [0.18, 0.20, 0.19, 0.20, 0.17], [0.19, 0.20, 0.20, 0.23, 0.17]
+    beds = {"digits-losses": TESTBEDS["digits"]}
+    found = losses(dpo=dpo, rdpo=rdpo, mpo=mpo, simpo=fewer)
+    sentences = page.loss_findings({"digits-losses": found}, beds)
+    assert len(sentences) == 4  # the two links have no results
+    assert "more digits after MPO than after rDPO: 31.2 against 21.0 %" in sentences[0]
+    assert "fewer digits after SimPO than after rDPO: 18.8 against 21.0 %" in sentences[1]
+    assert "fewer digits after SimPO than after DPO: 18.8 against 40.8 %" in sentences[3]
+    assert 0.025 < stats.ttest_rel(unclear, rdpo).pvalue < 0.05
+    found = losses(rdpo=rdpo, mpo=unclear, simpo=unclear)  # two equal p-values are doubled
+    words = "neither clearly fewer nor clearly more digits after"
+    sentences = page.loss_findings({"digits-losses": found}, beds)
+    assert [words in sentence for sentence in sentences] == [True, True]
+    one = losses(rdpo=[0.2], mpo=[0.3])
+    assert words in page.loss_findings({"digits-losses": one}, beds)[0]
+
+
+def test_a_table_of_losses_has_margins_of_log_ratios_only():
+    rates = dict.fromkeys(("dpo", "rdpo", "mpo", "simpo", "rdpo_mpo", "rdpo_simpo"), [0.2, 0.3])
+    found = losses(base=[0.4, 0.5], **rates)
+    block = page.run_block("photographs-losses", found, "photographs")
+    tables = block.split("### Paired tests")[0]
+    rows = {row.split(" | ")[0][2:]: row.split(" | ") for row in tables.splitlines() if "|" in row}
+    margin = rows[""].index("margin, text")
+    assert rows["mpo"][margin] == rows["rdpo mpo"][margin] == "1.25 [1.25, 1.25]"
+    assert rows["simpo"][margin] == rows["rdpo simpo"][margin] == ""
+    assert "no results" not in block
+    assert "The visual term over other losses" in block
+    part = page.run_block("photographs-losses", losses(base=[0.4], dpo=[0.3]), "photographs")
+    assert "This run has no results for: rdpo, mpo, simpo, rdpo mpo, rdpo simpo." in part
+
+
+def test_runs_of_losses_do_not_count_among_the_findings():
+    found = {"digits": both([0.30, 0.32], [0.20, 0.24])}
+    beds = {"digits": TESTBEDS["digits"]}
+    before = page.findings(found, beds), page.summary(found, beds)
+    found |= {name: both([0.1, 0.1], [0.5, 0.5]) for name in LOSS_RUNS}
+    beds |= {name: TESTBEDS[name.removesuffix("-losses")] for name in LOSS_RUNS}
+    assert (page.findings(found, beds), page.summary(found, beds)) == before
 
 
 def test_errors_of_another_testbed_and_of_jobs(folder, tmp_path, capsys):
