@@ -348,7 +348,27 @@ class AnchorProbability(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NegativeLogLikelihood(Term):
+class _PerToken(Term):
+    """A term of log-probs per token, without a reference and without beta."""
+
+    reward: str = "mean_logp"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.reward == "mean_logp", "reward", "mean_logp")
+
+    @property
+    def uses_beta(self) -> bool:
+        return False
+
+    def means(self, values: LeafValues) -> list[Tensor]:
+        """Log-prob per token of each leaf, (B,)."""
+        assert values.token_counts is not None
+        return [values.logps[leaf] / values.token_counts[leaf] for leaf in self.leaves]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegativeLogLikelihood(_PerToken):
     """-log p[leaf] / tokens: the loss of supervised fine-tuning on one leaf, per token.
 
     RPO (2404.19733) adds it to DPO's loss. TRL and InternVL average over the tokens of a batch
@@ -358,44 +378,22 @@ class NegativeLogLikelihood(Term):
     leaf_fields: ClassVar = ("leaf",)
 
     leaf: int
-    reward: str = "mean_logp"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.reward == "mean_logp", "reward", "mean_logp")
-
-    @property
-    def uses_beta(self) -> bool:
-        return False
 
     def __call__(self, values: LeafValues) -> Tensor:
-        assert values.token_counts is not None
-        return -values.logps[self.leaf] / values.token_counts[self.leaf]
+        (mean,) = self.means(values)
+        return -mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class OddsRatio(_Pair):
+class OddsRatio(_PerToken, _Pair):
     """-log sigmoid(log odds[positive] - log odds[negative]): ORPO (2403.07691, eq. 7).
 
     odds = p / (1 - p), where p is the geometric mean of a response's token probabilities. It does
     not depend on beta.
     """
 
-    reward: str = "mean_logp"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.reward == "mean_logp", "reward", "mean_logp")
-
-    @property
-    def uses_beta(self) -> bool:
-        return False
-
     def __call__(self, values: LeafValues) -> Tensor:
-        assert values.token_counts is not None
-        positive, negative = (
-            _log_odds(values.logps[leaf] / values.token_counts[leaf]) for leaf in self.leaves
-        )
+        positive, negative = map(_log_odds, self.means(values))
         return -F.logsigmoid(positive - negative)
 
 
