@@ -37,6 +37,11 @@ def check_arguments(args: Any, arguments: dict[str, Any]) -> None:
         raise ValueError(f"args is a {type(args).__name__}. Give an RDPOConfig.")
     if arguments["train_dataset"] is None:
         raise ValueError("train_dataset is None. Give the preference records to train on.")
+    if arguments.get("ref_model") is not None:
+        raise ValueError(
+            "the reference is RDPOConfig(reference_model=...), a folder or Hub name, which is "
+            "loaded for the reference pass only. Leave out ref_model."
+        )
     for name in _REPLACED:
         if arguments.get(name) is not None:
             raise ValueError(f"{name} would have no effect here. Leave it out.")

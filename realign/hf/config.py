@@ -9,7 +9,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from realign.config import LossConfig
+from realign.checks import no_effect
+from realign.loss_config import LossConfig
 
 _REFUSED = {  # settings of Trainer without effect on this loss
     "label_smoothing_factor": 0.0,
@@ -44,6 +45,8 @@ class RDPOConfig(TrainingArguments):
             thread that builds batches. None uses the cores of the process but one, from 1 to 8.
         reference_cache: folder of reference log-probs. The default is $REALIGN_CACHE/reference, or
             ~/.cache/realign/reference.
+        reference_model: folder or Hub name of another model as the reference. It must encode the
+            records as the trained model does. None is the model before its first step.
         learning_rate: peak learning rate. The default is the paper's.
         projector_learning_rate: peak learning rate of the projector, in groups of its own. 0 trains
             it at `learning_rate`, if it is trained. With `peft_config`, name its modules in
@@ -71,6 +74,7 @@ class RDPOConfig(TrainingArguments):
     image_folder: str | None = None
     image_workers: int | None = None
     reference_cache: str | None = None
+    reference_model: str | None = None
 
     @property
     def autocast(self) -> bool:
@@ -108,6 +112,9 @@ class RDPOConfig(TrainingArguments):
         }
         given["loss_weights"] = weights
         self.loss = LossConfig(**given)
+        if self.reference_model and not self.loss.build().needs_reference:
+            what = f"{self.loss.text_objective} needs no reference"
+            no_effect("reference_model", what, 'use objective="dpo"')
         for name, default in _REFUSED.items():
             if getattr(self, name, default) not in (default, None):
                 raise ValueError(f"{name} would have no effect on rDPO's loss here. Leave it out.")

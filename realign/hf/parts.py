@@ -20,7 +20,10 @@ from realign.data.records import Record
 from realign.files import read_json
 from realign.hf.records import records_of, stream_rows
 from realign.modeling import projector
+from realign.modeling.encode import encode_table
+from realign.modeling.examples import Examples
 from realign.modeling.forest import Example
+from realign.modeling.layouts import max_tokens
 from realign.modeling.loading import adapter_base, from_pretrained
 from realign.modeling.model import ForestModel
 from realign.progress import track
@@ -152,6 +155,32 @@ def _table_of(rows: Any, progress: Callable[[Iterable[Record]], Iterable[Record]
     return table_of(records_of(rows))
 
 
+def encode_tables(
+    tables: Sequence[RecordTable],
+    objective: Objective,
+    processor: Any,
+    module: Module,
+    *,
+    max_response_tokens: int,
+    progress: bool,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[Examples]:
+    """Encode the records of several tables for a model (`encode_table`)."""
+    return [
+        encode_table(
+            table,
+            processor,
+            objective,
+            layout=module.layout,
+            max_response_tokens=max_response_tokens,
+            max_tokens=max_tokens(module.vlm),
+            progress=progress,
+            log=log,
+        )
+        for table in tables
+    ]
+
+
 def check_objective(training: Objective, evaluation: Objective) -> None:
     """Check that training and evaluation records have the same number of visual negatives.
 
@@ -183,6 +212,7 @@ class RunReference:
         examples: examples of the run.
         references: reference log-probs of the examples, (L, examples).
         known: whether they are the log-probs of a reference. An objective may need none.
+        base: digest of the trained model's base, if the reference is another model.
     """
 
     def __init__(
@@ -192,6 +222,7 @@ class RunReference:
         references: torch.Tensor,
         *,
         known: bool = True,
+        base: str | None = None,
     ) -> None:
         self._known = known
         compared = examples[:_COMPARED]
@@ -199,6 +230,7 @@ class RunReference:
         keys = [bytes(key).hex() for key in leaf_keys(compared)]
         self._tokens = sum(len(leaf.ids) for example in compared for leaf in example.leaves)
         self._about = {"weights": fingerprint["weights"], "dtype": fingerprint["dtype"]}
+        self._about |= {"base": base} if base else {}
         self._logps = dict(zip(keys, values, strict=True))
 
     def save(self, folder: Path, shift: objectives.RunningMean) -> None:
@@ -221,9 +253,16 @@ class RunReference:
             )
         saved = read_json(file)
         mean = objectives.RunningMean(saved.get("reward_mean", 0.0), saved.get("rewards", 0))
-        if saved["weights"] == self._about["weights"]:
+        if ("base" in saved) != ("base" in self._about):
+            word = "with" if "base" in saved else "without"
+            raise ValueError(
+                f"the run of the checkpoint {folder} began {word} a reference_model. Resume it "
+                f"{word} one."
+            )
+        same_base = saved.get("base") == self._about.get("base")
+        if same_base and saved["weights"] == self._about["weights"]:
             return mean
-        if not self._known:
+        if not self._known or not same_base:
             raise ValueError(
                 f"the weights of the checkpoint {folder} belong to another base. Give the same "
                 "model with the same adapters."

@@ -16,10 +16,13 @@ the previous forward.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
+from itertools import pairwise, starmap
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +33,17 @@ from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, set_seed
 
 from realign.distributed import disable_cudnn_attention, workers_of_rank
-from realign.hf import adapter_checks, adapters, checks, parts
+from realign.hf import adapter_checks, adapters, checks, parts, reference
 from realign.hf.config import RDPOConfig
 from realign.hf.records import Records
 from realign.modeling import lora_targets, reference_logps
 from realign.modeling.attention import choose
-from realign.modeling.encode import encode_table, make_objective
+from realign.modeling.encode import make_objective
 from realign.modeling.images import ImageStore
-from realign.modeling.layouts import max_tokens
 from realign.modeling.loading import adapter_base, load_model
 from realign.modeling.prefetch import builder
 from realign.training import metrics
-from realign.training.model_card import loss_settings, model_card
+from realign.training.model_card import loss_settings, model_card, shown_name
 from realign.training.step import Feed
 from realign_kernels import ReferenceCache, objectives
 
@@ -52,7 +54,7 @@ class RDPOTrainer(Trainer):
     Args:
         model: folder or Hub name, a model of transformers, or a model with PEFT adapters. The
             adapters may be trained, and are in a PeftModel or in the model of transformers. The
-            reference is the model as it is passed in.
+            reference is the model as it is passed in, unless `args` names another.
         args: settings of the run.
         train_dataset: preference records with TRL's vision columns: `prompt` (or implicit),
             `chosen`, `rejected` and `images`. Objectives with a visual term also need
@@ -117,26 +119,29 @@ class RDPOTrainer(Trainer):
         )
         table = as_table(train_dataset)
         self.objective = make_objective(args.loss, table)
+        tables = [table]
+        several = isinstance(eval_dataset, dict)
+        sets: Any = eval_dataset if several else {"": eval_dataset}
+        sets = {} if eval_dataset is None else sets
+        for rows in sets.values():
+            tables.append(table := as_table(rows))
+            parts.check_objective(self.objective, make_objective(args.loss, table))
         encode = partial(
-            encode_table,
-            processor=processor,
-            objective=self.objective,
-            layout=module.layout,
+            parts.encode_tables,
+            tables,
+            self.objective,
             max_response_tokens=args.max_response_tokens,
-            max_tokens=max_tokens(vlm),
             progress=shows,
-            log=self._log_rank0,
         )
         # Data sets are ranges of examples: first for training, then for evaluation.
-        self.examples = encode(table)
-        indices: Any = range(len(self.examples))
-        sets: Any = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        eval_indices: dict[str, Any] = {}
-        for name, rows in sets.items() if eval_dataset is not None else ():
-            table, start = as_table(rows), len(self.examples)
-            parts.check_objective(self.objective, make_objective(args.loss, table))
-            self.examples += encode(table)
-            eval_indices[name] = range(start, len(self.examples))
+        encoded = encode(processor, module, log=self._log_rank0)
+        self.examples = reduce(add, encoded)
+        ends = np.cumsum([len(examples) for examples in encoded]).tolist()
+        indices: Any = range(ends[0])
+        eval_indices: Any = dict(zip(sets, starmap(range, pairwise(ends)), strict=True))
+        if args.reference_model:
+            policy = reference.Encoded(self._base, processor, module, self.examples)
+            reference.check(args.reference_model, policy, encode)
         workers = workers_of_rank(args.image_workers)
         self.store = ImageStore(processor, module.layout, self.examples, workers=workers)
         self._trained = len(indices)
@@ -156,7 +161,7 @@ class RDPOTrainer(Trainer):
             args,
             data_collator=parts.batch_of if args.laid_out_late else self._collate,
             train_dataset=indices,
-            eval_dataset=eval_indices if isinstance(eval_dataset, dict) else eval_indices.get(""),
+            eval_dataset=eval_indices if several else eval_indices.get(""),
             processing_class=processor,
             **kwargs,
         )
@@ -240,40 +245,67 @@ class RDPOTrainer(Trainer):
             return
         args, device = self.args, self.args.device
         module = self.accelerator.unwrap_model(self.model)
-        module.to(device)
         training = module.training
-        module.eval()
-        has_effect = not adapters.changes_nothing(module.vlm)
+        self._check_forest(module)
         self._digest = adapters.base_digest(module.vlm)  # another trainer may have changed the base
-        weights = adapters.model_digest(module.vlm) if has_effect else self._digest
-        self._fingerprint = self._about | {"weights": weights}
-        directory = args.reference_cache or reference_logps.default_directory()
-        longest = self.examples.longest_tree
-        # Trainer's own contexts are empty, since accelerate adds autocast to the prepared forward.
-        with self.accelerator.autocast():
-            for line in module.check_forest(self.examples[0], self.store, device):
-                self._log_rank0(line)
-            fingerprint = checks.agreed(self._fingerprint)
-            if self.objective.needs_reference:
-                with ReferenceCache.open(directory, fingerprint) as cache:
-                    self.references = reference_logps.fill(
-                        cache,
-                        module,
-                        self.examples,
-                        self.store,
-                        adapters=has_effect,
-                        row_tokens=args.row_tokens or longest,
-                        batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
-                        device=device,
-                        progress=not args.disable_tqdm and args.process_index == 0,
-                        log=self._log_rank0,
-                    ).float()
-            else:
-                self.references = torch.zeros(len(self.objective.leaves), len(self.examples))
-        module.train(training)
+        if path := args.reference_model:
+            module.to("cpu")  # during the pass, the reference is on the device
+            other = reference.load(path, module, device)
+            about = reference_logps.description(
+                other.vlm, self.processing_class, other.dtype, device, args.kernels
+            )
+            about["weights"] = adapters.base_digest(other.vlm)
+            self._log_rank0(f"references are those of {path}: weights {about['weights']}")
+            self._check_forest(other)
+            self._pass(other, about, adapted=False)
+            del other
+            gc.collect()
+        else:
+            adapted = not adapters.changes_nothing(module.vlm)
+            weights = adapters.model_digest(module.vlm) if adapted else self._digest
+            self._pass(module, self._about | {"weights": weights}, adapted=adapted)
+        module.to(device).train(training)
+        assert self.references is not None
         self._feed = Feed(
             self.examples, self.references, self.store, module.attention, args.row_tokens, device
         )
+
+    def _check_forest(self, model: parts.Module) -> None:
+        """Move a model to the device, and compare its forests with plain forwards."""
+        model.to(self.args.device).eval()
+        # Trainer's own contexts are empty, since accelerate adds autocast to the prepared forward.
+        with self.accelerator.autocast():
+            for line in model.check_forest(self.examples[0], self.store, self.args.device):
+                self._log_rank0(line)
+
+    def _pass(self, model: parts.Module, about: dict[str, str], *, adapted: bool) -> None:
+        """Set `references` to the log-probs of a model, computed or from the cache.
+
+        Args:
+            model: the reference.
+            about: the fingerprint of its log-probs.
+            adapted: whether its adapters have an effect, and are part of the reference.
+        """
+        args, self._fingerprint = self.args, about
+        with self.accelerator.autocast():
+            fingerprint = checks.agreed(about)
+            if not self.objective.needs_reference:
+                self.references = torch.zeros(len(self.objective.leaves), len(self.examples))
+                return
+            directory = args.reference_cache or reference_logps.default_directory()
+            with ReferenceCache.open(directory, fingerprint) as cache:
+                self.references = reference_logps.fill(
+                    cache,
+                    model,
+                    self.examples,
+                    self.store,
+                    adapters=adapted,
+                    row_tokens=args.row_tokens or self.examples.longest_tree,
+                    batch_rows=args.per_device_train_batch_size * len(self.examples[0].roots),
+                    device=args.device,
+                    progress=not args.disable_tqdm and args.process_index == 0,
+                    log=self._log_rank0,
+                ).float()
 
     @contextmanager
     def _building(self) -> Iterator[None]:
@@ -417,7 +449,10 @@ class RDPOTrainer(Trainer):
     def _run_reference(self) -> parts.RunReference:
         assert self.references is not None
         known = self.objective.needs_reference
-        return parts.RunReference(self._fingerprint, self.examples, self.references, known=known)
+        base = self._digest if self.args.reference_model else None
+        return parts.RunReference(
+            self._fingerprint, self.examples, self.references, known=known, base=base
+        )
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write this project's card to `output_dir` instead of Trainer's, for `push_to_hub`."""
@@ -426,10 +461,17 @@ class RDPOTrainer(Trainer):
 
     def _card(self) -> str:
         args, logged = self.args, [line for line in self.state.log_history if "loss" in line]
+        digests = {"base weights": self._digest or adapters.base_digest(self.model.vlm)}
+        more = {}
+        if path := args.reference_model:
+            more["reference"] = shown_name(path)
+            if self.references is not None:
+                digests["reference weights"] = self._fingerprint["weights"]
         card = model_card(
             self.objective.name,
             {
                 **loss_settings(args.loss),
+                **more,
                 "peak learning rate": args.learning_rate,
                 "schedule": SchedulerType(args.lr_scheduler_type).value,
                 "records in a step": args.train_batch_size
@@ -442,7 +484,7 @@ class RDPOTrainer(Trainer):
             adapter=self.adapter is not None,
             records=self._trained,
             images=len(self.store),
-            digests={"base weights": self._digest or adapters.base_digest(self.model.vlm)},
+            digests=digests,
             last=logged[-1] if logged else {},
         )
         if self.adapter is None:

@@ -42,7 +42,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     if model.quantize:
         more["base while training"] = f"quantized to {model.quantize}"
     if path := model.reference_model:
-        more["reference"] = Path(path).name if Path(path).is_dir() else path
+        more["reference"] = shown_name(path)
     if optim.projector_learning_rate:
         more["peak learning rate of the projector"] = optim.projector_learning_rate
     schedule = optim.schedule
@@ -66,6 +66,11 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         "compute dtype": model.dtype,
         "seed": config.run.seed,
     }
+
+
+def shown_name(model: str) -> str:
+    """A folder's name without its parents, or a Hub name."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def loss_settings(loss: LossConfig) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def model_card(
         held_out: facts about held-out records (`evaluation.held_out_facts`), if there are any.
     """
     local = bool(base) and Path(base).is_dir()
-    name = Path(base).name if local else base or "Unnamed model"
+    name = shown_name(base) if base else "Unnamed model"
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         base_model=base if base and not local else None,

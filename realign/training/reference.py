@@ -80,13 +80,13 @@ def logps(
         ).float()
 
 
-def check_encodings(policy: Any, other: Any, reference: str) -> None:
+def check_encodings(policy: Any, other: Any, setting: str) -> None:
     """Check that two models encode the records alike: token ids and preprocessed images.
 
     Args:
         policy: `Inputs` of the model that is trained.
         other: `Inputs` of the reference, for the same records.
-        reference: folder or Hub name of the reference, for the message.
+        setting: the setting that names the reference, with its value, for the message.
 
     Raises:
         ValueError: when a record differs. The message names what differs.
@@ -110,7 +110,7 @@ def check_encodings(policy: Any, other: Any, reference: str) -> None:
     names = (repr(a.name) for a, b in pairs if digest_of([a]) != digest_of([b]))
     what = "images" if same else f"record {next(names, '')}"
     raise ValueError(
-        f"--reference-model {reference} encodes {what} differently from {policy.base}: they differ "
+        f"{setting} encodes {what} differently from {policy.base}: they differ "
         f"in {', '.join(differ) or 'classes of their processors'}. Their log-probs cannot be "
         "compared. Use a reference with the same processor."
     )
@@ -140,7 +140,7 @@ def of_other_model(
     assert path is not None
     with distributed.silent():  # the model that is trained reads the same records
         inputs = load(base=path, meta=True)
-        check_encodings(load(meta=True), inputs, path)
+        check_encodings(load(meta=True), inputs, f"--reference-model {path}")
     memo = _memo(path, config)
     weights = distributed.broadcast_from_rank0(lambda: _known(memo))
     about = fingerprint(inputs, weights=weights or "unknown")
