@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from reprlib import repr
 from typing import Any
@@ -303,6 +303,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [line.replace("\0", " ") for line in lines]
 
 
+@cache
 def _type_of(cls: type, name: str) -> type:
     hint = typing.get_type_hints(cls)[name]
     if isinstance(hint, types.UnionType):  # "str | None"
@@ -310,7 +311,8 @@ def _type_of(cls: type, name: str) -> type:
     return hint
 
 
-def _field_docs(cls: type) -> dict[str, str]:
+@cache
+def _field_docs(cls: type) -> Mapping[str, str]:
     """The string under each field of a dataclass."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)

@@ -97,14 +97,14 @@ def test_the_commands_run_in_order(workplace, monkeypatch, capfd):
 
 
 def test_the_commands_of_the_training_page_run(tmp_path, monkeypatch, capfd):
-    """On an eighth of the scenes, with forked ranks."""
+    """On few scenes, with forked ranks."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "PairsConfig", partial(PairsConfig, scenes=128))
+    monkeypatch.setattr(pipeline, "PairsConfig", partial(PairsConfig, scenes=64))
     monkeypatch.setattr(distributed, "launch", partial(_forked, tmp_path / "log"))
     ran = [words[2:] for words in commands(TRAINING.partition("\n## ")[0])]
     for words in ran:
         assert words[0] != "realign.evaluate" or "1000" in words
-        shown = _run(["125" if w == "1000" else w for w in words], monkeypatch, capfd)
+        shown = _run(["50" if w == "1000" else w for w in words], monkeypatch, capfd)
         if words == ["realign.train", "--fsdp"]:
             assert "on 2 rank(s)" in shown
             _captions_in_plain_transformers(tmp_path / "runs" / "rdpo")

@@ -132,10 +132,15 @@ def prompts(family):
     ]
 
 
+_ENCODED = {}
+
+
 def encoded(family, model, objective=OBJECTIVE, records=None):
-    """Examples and images of records, by default those of `made`."""
+    """Examples and images of records, by default those of `made`, which are encoded once."""
+    if (kept := _ENCODED.get(family)) and records is None and objective == OBJECTIVE:
+        return kept
     processor, own = made(family)
-    return encode_records(
+    found = encode_records(
         records or own,
         processor,
         objective,
@@ -144,6 +149,9 @@ def encoded(family, model, objective=OBJECTIVE, records=None):
         max_tokens=512,
         progress=False,
     )
+    if records is None and objective == OBJECTIVE:
+        _ENCODED[family] = found
+    return found
 
 
 @functools.cache
