@@ -540,6 +540,8 @@ def _refusal(path: str) -> str:
     for name in (path, f"{path}-journal", f"{path}-wal", f"{path}-shm"):
         try:
             status = os.lstat(name)
+            if status.st_nlink == 0:  # another process is removing its journal
+                continue
             if name.endswith(("-wal", "-shm")):  # of a mode that the table does not use
                 return f"{name} exists"
             if not stat.S_ISREG(status.st_mode):

@@ -150,6 +150,19 @@ def test_a_journal_that_another_process_writes_is_no_reason(written, tmp_path):
     assert store._refusal(str(database)) == ""
 
 
+def test_a_journal_that_another_process_removes_is_no_reason(tmp_path, monkeypatch):
+    """Between the look-up of its name and that of its status, it has no name."""
+    database = tmp_path / DATABASE
+    with closing(sqlite3.connect(database)) as table:
+        table.execute("CREATE TABLE entries (key)")
+    with (tmp_path / "removed").open("wb") as journal:
+        os.unlink(journal.name)
+        status, lstat = os.fstat(journal.fileno()), os.lstat
+        name = f"{database}-journal"
+        monkeypatch.setattr(os, "lstat", lambda path: status if path == name else lstat(path))
+        assert status.st_nlink == 0 and store._refusal(str(database)) == ""
+
+
 def test_a_journal_cannot_make_sqlite_remove_a_file(folder, victim, monkeypatch):
     """A super-journal in a journal is removed after the rollback: SQLite calls it stale."""
     monkeypatch.setattr(store, "extension", lambda: None)
