@@ -152,7 +152,7 @@ class Plan:
         other = inputs
         if path := config.model.reference_model:
             load = partial(training_inputs, config, pairs, self.layout_attention, meta=True)
-            check_encodings(inputs, other := load(base=path), path)
+            check_encodings(inputs, other := load(base=path), f"--reference-model {path}")
         self.description = reference_logps.description(
             other.model.vlm,
             other.processor,

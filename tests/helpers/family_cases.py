@@ -1,5 +1,6 @@
 """Names, records, true log-probs and losses of a tiny model of every family."""
 
+import copy
 import functools
 from pathlib import Path
 
@@ -136,22 +137,28 @@ _ENCODED = {}
 
 
 def encoded(family, model, objective=OBJECTIVE, records=None):
-    """Examples and images of records, by default those of `made`, which are encoded once."""
-    if (kept := _ENCODED.get(family)) and records is None and objective == OBJECTIVE:
-        return kept
-    processor, own = made(family)
-    found = encode_records(
-        records or own,
-        processor,
-        objective,
-        layout=model.layout,
-        max_response_tokens=64,
-        max_tokens=512,
-        progress=False,
-    )
-    if records is None and objective == OBJECTIVE:
+    """Examples and images of records, by default those of `made`, which are encoded once.
+
+    The copies of a store share what the processor returned.
+    """
+    own = records is None and objective == OBJECTIVE
+    if not own or family not in _ENCODED:
+        found = encode_records(
+            records or made(family)[1],
+            made(family)[0],
+            objective,
+            layout=model.layout,
+            max_response_tokens=64,
+            max_tokens=512,
+            progress=False,
+        )
+        if not own:
+            return found
         _ENCODED[family] = found
-    return found
+    examples, store = _ENCODED[family]
+    store = copy.copy(store)
+    store.layout = model.layout
+    return examples, store
 
 
 @functools.cache
