@@ -195,6 +195,11 @@ def parse_sections(
     for key, value in flags.items():
         section, name = key.split(".")
         values[section][name] = value
+    for section, cls in sections.items():
+        for field in fields(cls):  # an empty text is often a variable of the shell that is not set
+            if values[section].get(field.name) == "" != field.default:
+                flag = "--" + field.name.replace("_", "-")
+                raise ValueError(f"{flag} is empty. Give a value, or leave it out.")
     if presets is not None:
         presets(values)
     return {name: _built(cls, values[name]) for name, cls in sections.items()}
@@ -284,12 +289,19 @@ def _read_toml(file: Path, sections: Mapping[str, type], values: dict[str, dict[
                 raise ValueError(f"{file}: {section}.{name} has more than 64 bits.")
             if kind is float and type(value) is int:
                 value = float(value)
+            if kind is str and isinstance(value, list) and _are_numbers(value):
+                value = ",".join(map(str, value))
             if type(value) is not kind:
                 raise ValueError(
                     f"{file}: {section}.{name} is {repr(value)}; it must be of type "
                     f"{kind.__name__}."
                 )
             values[section][name] = value
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    """Whether a list has numbers only. A flag takes them with commas."""
+    return all(type(value) in (int, float) for value in values)
 
 
 def _names(cls: type) -> list[str]:

@@ -58,6 +58,18 @@ class LossConfig:
                 )
         if self.loss_weights is not None and "+" not in self.text_objective:
             no_effect("loss_weights", f"{self.text_objective} is no sum", "join objectives by +")
+        parts = self.text_objective.split("+")
+        if self.loss_weights is not None and len(self._weights() or ()) != len(parts):
+            raise ValueError(
+                f"loss_weights is {self.loss_weights!r}; it must have {len(parts)} numbers, for "
+                f"{', '.join(parts)}."
+            )
+        leaves = objectives.get(self.link).leaves if self.link in known else ()
+        if leaves and set(leaves) != {objectives.CHOSEN, objectives.REJECTED}:
+            raise ValueError(
+                f"link is {self.link!r}; it must be an objective that compares the chosen with the "
+                "rejected response, such as simpo or mpo."
+            )
         if self.beta is not None:
             positive("beta", self.beta)
         not_negative("visual_weight", self.visual_weight)

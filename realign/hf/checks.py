@@ -42,6 +42,13 @@ def check_arguments(args: Any, arguments: dict[str, Any]) -> None:
             "the reference is RDPOConfig(reference_model=...), a folder or Hub name, which is "
             "loaded for the reference pass only. Leave out ref_model."
         )
+    if arguments.get("eval_dataset") == {}:
+        raise ValueError("eval_dataset is an empty dict. Give records, or leave it out.")
+    if args.projector_learning_rate and any(arguments.get("optimizers") or ()):
+        raise ValueError(
+            "projector_learning_rate would have no effect on the given optimizer. Leave it out, "
+            "or give the optimizer its own groups."
+        )
     for name in _REPLACED:
         if arguments.get(name) is not None:
             raise ValueError(f"{name} would have no effect here. Leave it out.")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from realign.checks import no_effect
+from realign.checks import no_effect, not_negative
 from realign.loss_config import LossConfig
+from realign.training.metrics import better_direction
 
 _REFUSED = {  # settings of Trainer without effect on this loss
     "label_smoothing_factor": 0.0,
@@ -18,6 +20,7 @@ _REFUSED = {  # settings of Trainer without effect on this loss
     "use_liger_kernel": False,
     "torch_compile": False,
 }
+_TEXTS = ("objective", "link", "split", "image_folder", "reference_cache", "reference_model")
 _PRECISION = ("fp16", "fp16_full_eval", "bf16_full_eval")
 
 
@@ -26,7 +29,7 @@ class RDPOConfig(TrainingArguments):
     """TrainingArguments with the settings of rDPO.
 
     Attributes:
-        objective: one of `realign_kernels.objectives.PRESETS`, or a sum, as sigmoid+sft.
+        objective: one of `realign_kernels.objectives.PRESETS`, or a sum, as sigmoid+sft or a list.
         loss_weights: weights of the parts of a sum, 1 by default.
         link: objective, or sum, that rdpo uses for the text and for the image. None is DPO's.
         beta: beta of the objective. A larger beta keeps the model closer to the reference model.
@@ -48,6 +51,8 @@ class RDPOConfig(TrainingArguments):
         reference_model: folder or Hub name of another model as the reference. It must encode the
             records as the trained model does. None is the model before its first step.
         learning_rate: peak learning rate. The default is the paper's.
+        metric_for_best_model: a metric of `evaluate`. `greater_is_better` follows from losses,
+            accuracies and margins. Give it for other metrics.
         projector_learning_rate: peak learning rate of the projector, in groups of its own. 0 trains
             it at `learning_rate`, if it is trained. With `peft_config`, name its modules in
             `modules_to_save`.
@@ -59,7 +64,7 @@ class RDPOConfig(TrainingArguments):
     learning_rate: float = 1e-5
     projector_learning_rate: float = 0.0
     logging_nan_inf_filter: bool = False
-    objective: str = "rdpo"
+    objective: str | list[str] = "rdpo"
     loss_weights: list[float] | str | None = None
     link: str | None = None
     beta: float | None = None
@@ -96,6 +101,8 @@ class RDPOConfig(TrainingArguments):
         return bool(self.dataloader_num_workers or self.accelerator_config.dispatch_batches)
 
     def __post_init__(self) -> None:
+        self._check_strings()
+        self._set_better_direction()
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.remove_unused_columns = False  # a batch is indices
@@ -104,8 +111,12 @@ class RDPOConfig(TrainingArguments):
         self.accelerator_config.non_blocking |= self.dataloader_pin_memory
         if (self.image_workers or 0) < 0:
             raise ValueError(f"image_workers is {self.image_workers}; it must be 0 or more.")
+        not_negative("learning_rate", self.learning_rate)
+        not_negative("projector_learning_rate", self.projector_learning_rate)
         weights = self.loss_weights
-        if weights is not None and not isinstance(weights, str):
+        if isinstance(weights, int | float):
+            weights = str(weights)
+        elif weights is not None and not isinstance(weights, str):
             weights = ",".join(map(str, weights))
         given: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in fields(LossConfig)
@@ -128,3 +139,41 @@ class RDPOConfig(TrainingArguments):
                 f"accelerate's mixed_precision is {self.mixed_precision!r}, which is not "
                 "supported. Launch with --mixed_precision bf16 or no."
             )
+
+    def _check_strings(self) -> None:
+        """Join the parts of a sum, make the path of a reference absolute, and check texts.
+
+        Raises:
+            ValueError: for an empty text, or a value that is no text.
+        """
+        if isinstance(self.objective, list | tuple):
+            self.objective = "+".join(self.objective)
+        if isinstance(self.reference_model, Path):
+            self.reference_model = str(self.reference_model)
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, str | Path):
+                raise ValueError(f"{name} is a {type(value).__name__}. Give a name or path.")
+            if not str(value):
+                raise ValueError(f"{name} is empty. Give a value, or leave it out.")
+        if self.reference_model and Path(self.reference_model).is_dir():
+            self.reference_model = str(Path(self.reference_model).resolve())
+
+    def _set_better_direction(self) -> None:
+        """Set `greater_is_better`, which transformers gets wrong for names such as loss/text.
+
+        Raises:
+            ValueError: for a metric without a better direction.
+        """
+        metric = self.metric_for_best_model
+        if metric is None or self.greater_is_better is not None:
+            return
+        direction = better_direction(metric)
+        if not direction:
+            raise ValueError(
+                f"metric_for_best_model is {metric!r}, which is neither a loss nor an accuracy or "
+                "margin. Set greater_is_better."
+            )
+        self.greater_is_better = direction > 0

@@ -41,6 +41,20 @@ class Module(ForestModel):
         self.vlm.gradient_checkpointing_enable(*args, **kwargs)
 
 
+def check_projector(vlm: PreTrainedModel) -> None:
+    """Check that the projector is trained, for `projector_learning_rate`.
+
+    Raises:
+        ValueError: when no parameter of it is trained.
+    """
+    if not projector.trained(vlm):
+        names = projector.modules_to_save(vlm)
+        raise ValueError(
+            "projector_learning_rate would have no effect: the projector is frozen. Leave it out, "
+            f"or set modules_to_save={names} in peft_config."
+        )
+
+
 def give_projector_a_rate(optimizer: torch.optim.Optimizer, module: Module, rate: float) -> None:
     """Move the projector's parameters to groups of their own, with the same other settings.
 
@@ -48,18 +62,8 @@ def give_projector_a_rate(optimizer: torch.optim.Optimizer, module: Module, rate
         optimizer: an optimizer before its first step.
         module: the model that is trained.
         rate: learning rate of the projector.
-
-    Raises:
-        ValueError: when no parameter of the projector is trained.
     """
-    vlm = module.vlm
-    apart = set(projector.trained(vlm))
-    if not apart:
-        names = projector.modules_to_save(vlm)
-        raise ValueError(
-            "projector_learning_rate would have no effect: the projector is frozen. Leave it out, "
-            f"or set modules_to_save={names} in peft_config."
-        )
+    apart = set(projector.trained(module.vlm))
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if p in apart]
         if own:

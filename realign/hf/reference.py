@@ -8,14 +8,12 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-import torch
-
 from realign.hf import adapters, parts
-from realign.modeling.attention import choose
+from realign.modeling.attention import IMPLEMENTATIONS
 from realign.modeling.examples import Examples
 from realign.modeling.loading import check_unquantized, load_model, load_processor, set_pixels
 from realign.modeling.model_files import COUNTS_PIXELS
-from realign.training.reference import check_encodings
+from realign.training.reference import check_encodings, named
 
 
 @dataclass(frozen=True)
@@ -43,27 +41,28 @@ def check(
     Raises:
         ValueError: for a model that encodes a record differently, or that cannot be used.
     """
-    check_unquantized(path, None)
-    processor = load_processor(path)
-    own = policy.processor.image_processor
-    if COUNTS_PIXELS.fullmatch(type(processor.image_processor).__name__):
-        size = dict(own.size)
-        set_pixels(processor, size.get("shortest_edge"), size.get("longest_edge"))
-    vlm = load_model(path, policy.model.dtype, meta=True)
-    module = parts.Module(vlm, train_vision=False, dtype=policy.model.dtype)
+    setting = f"reference_model {path}"
+    with named(setting):
+        check_unquantized(path, None)
+        processor = load_processor(path)
+        own = policy.processor.image_processor
+        if COUNTS_PIXELS.fullmatch(type(processor.image_processor).__name__):
+            size = dict(own.size)
+            set_pixels(processor, size.get("shortest_edge"), size.get("longest_edge"))
+        vlm = load_model(path, policy.model.dtype, meta=True)
+        module = parts.Module(vlm, train_vision=False, dtype=policy.model.dtype)
     other = Encoded(path, processor, module, reduce(add, encode(processor, module)))
-    check_encodings(policy, other, f"reference_model {path}")
+    check_encodings(policy, other, setting)
 
 
-def load(path: str, policy: parts.Module, device: torch.device) -> parts.Module:
-    """Load another model, with weights of the policy's dtype, for a forward like the policy's.
+def load(path: str, policy: parts.Module) -> parts.Module:
+    """Load another model, with the policy's dtypes and attention, for a forward like the policy's.
 
     Args:
         path: folder or Hub name.
         policy: the model that is trained.
-        device: device of the forward.
     """
-    attention, _ = choose("tree", device, policy.dtype)
+    attention = next(name for name, kind in IMPLEMENTATIONS.items() if kind == policy.attention)
     weights = adapters.base_state(policy.vlm).values()
     dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
     vlm = load_model(path, dtype, attention)

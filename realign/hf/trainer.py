@@ -85,7 +85,9 @@ class RDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        checks.check_arguments(args, kwargs | {"train_dataset": train_dataset})
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        checks.check_arguments(args, kwargs | given)
+        kwargs.pop("ref_model", None)  # it is None, as in scripts for TRL
         disable_cudnn_attention()
         self._log_rank0 = parts.reporter(args)
         vlm, self.adapter = adapters.split(self._load(model, args, peft_config))
@@ -109,6 +111,8 @@ class RDPOTrainer(Trainer):
             checks.widen(self.adapter, autocast=args.autocast, log=self._log_rank0)
         else:
             checks.check_full_model(vlm)
+        if args.projector_learning_rate:
+            parts.check_projector(vlm)
         shows = not args.disable_tqdm and args.process_index == 0
         as_table = partial(
             parts.record_table,
@@ -151,6 +155,7 @@ class RDPOTrainer(Trainer):
         self._losses: list[tuple[torch.Tensor, tuple[str, ...]]] = []  # not read yet
         self._shift = objectives.RunningMean()
         self._step_rewards: list[torch.Tensor] = []  # (leaves, B) of each micro-batch of a step
+        self._best_step: int | None = None  # of the weights, after they were those of the best
 
         # In fp64. For steps since the last log: number of examples and sums, (1, 1 + metrics). For
         # an evaluation: index and metrics of each example of a batch, (B, 1 + metrics).
@@ -196,11 +201,7 @@ class RDPOTrainer(Trainer):
         return load_model(model, weights_dtype, attends)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`, with groups of their own for the projector.
-
-        Raises:
-            ValueError: for a `projector_learning_rate` without a trained projector.
-        """
+        """As `Trainer.create_optimizer`, with groups of their own for the projector."""
         made, optimizer = self.optimizer is None, super().create_optimizer(model)
         if made and (rate := self.args.projector_learning_rate):
             parts.give_projector_a_rate(optimizer, self.accelerator.unwrap_model(self.model), rate)
@@ -209,6 +210,7 @@ class RDPOTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, after missing reference log-probs are computed."""
         self._fill_references()
+        self._best_step = None
         with self._building():
             return super().train(*args, **kwargs)
 
@@ -250,7 +252,7 @@ class RDPOTrainer(Trainer):
         self._digest = adapters.base_digest(module.vlm)  # another trainer may have changed the base
         if path := args.reference_model:
             module.to("cpu")  # during the pass, the reference is on the device
-            other = reference.load(path, module, device)
+            other = reference.load(path, module)
             about = reference_logps.description(
                 other.vlm, self.processing_class, other.dtype, device, args.kernels
             )
@@ -460,13 +462,16 @@ class RDPOTrainer(Trainer):
             (self._output_dir / "README.md").write_text(self._card(), encoding="utf-8")
 
     def _card(self) -> str:
-        args, logged = self.args, [line for line in self.state.log_history if "loss" in line]
+        args, log, step = self.args, self.state.log_history, self._best_step
+        logged = [line for line in log if "loss" in line and step in (None, line["step"])]
         digests = {"base weights": self._digest or adapters.base_digest(self.model.vlm)}
         more = {}
         if path := args.reference_model:
             more["reference"] = shown_name(path)
             if self.references is not None:
                 digests["reference weights"] = self._fingerprint["weights"]
+        if args.projector_learning_rate:
+            more["peak learning rate of the projector"] = args.projector_learning_rate
         card = model_card(
             self.objective.name,
             {
@@ -486,11 +491,29 @@ class RDPOTrainer(Trainer):
             images=len(self.store),
             digests=digests,
             last=logged[-1] if logged else {},
+            held_out=self._held_out_facts(),
         )
         if self.adapter is None:
             return card
         place = adapters.place_of(self.adapter, "THIS_FOLDER")
         return card.replace('(base, "THIS_FOLDER")', f'(base, "{place}")')
+
+    def _held_out_facts(self) -> dict[str, Any]:
+        """Facts for the card about one evaluation set, if it was evaluated with these weights."""
+        step = self._best_step or self.state.global_step
+        lines = [e for e in self.state.log_history if "eval_loss" in e and e["step"] == step]
+        held_out: Any = self.eval_dataset
+        if not lines or not isinstance(held_out, range):
+            return {}
+        return {
+            "records": len(held_out),
+            "digest": reference_logps.digest_of(
+                self.examples, slice(held_out.start, held_out.stop)
+            ),
+            "step": step,
+            "chosen_by": str(self.args.metric_for_best_model) if self._best_step else "",
+            "metrics": {name.removeprefix("eval_"): value for name, value in lines[-1].items()},
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -504,3 +527,4 @@ class RDPOTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        self._best_step = self.state.best_global_step

@@ -31,7 +31,7 @@ from realign.modeling.model import ForestModel
 from realign.training import fsdp, held_out, memory, optimizers
 from realign.training.checkpoint import Checkpoints
 from realign.training.export import stored_dtype
-from realign.training.reference import check_encodings
+from realign.training.reference import check_encodings, named
 from realign.training.run_dir import base_of, check_settings, steps_done
 from realign.training.schedule import batches, rank_slice, total_steps
 from realign.training.setup import add_adapters, training_inputs
@@ -152,7 +152,9 @@ class Plan:
         other = inputs
         if path := config.model.reference_model:
             load = partial(training_inputs, config, pairs, self.layout_attention, meta=True)
-            check_encodings(inputs, other := load(base=path), f"--reference-model {path}")
+            with named(setting := f"--reference-model {path}"):
+                other = load(base=path)
+            check_encodings(inputs, other, setting)
         self.description = reference_logps.description(
             other.model.vlm,
             other.processor,

@@ -18,12 +18,10 @@ from realign.data import split
 from realign.data.errors import RecordError
 from realign.data.record_table import RecordTable
 from realign.modeling.examples import Examples
-from realign.training.metrics import by_example
+from realign.training.metrics import better_direction, by_example
 from realign_kernels import Objective, PreferenceOutput
 
 _NONE = np.zeros(0, np.int64)
-_DIRECTIONS = {"loss": -1, "accuracies": 1, "margins": 1}
-"""First or last word of a metric's name -> 1 if a higher value is better, -1 if a lower one is."""
 
 
 class Source(NamedTuple):
@@ -142,16 +140,11 @@ def sign(metric: str, objective: Objective) -> int:
     leaves, terms = torch.zeros(len(objective.leaves), 1), torch.zeros(len(objective.terms), 1)
     fields = dict.fromkeys(PreferenceOutput._fields, leaves) | {"term_losses": terms}
     output = PreferenceOutput(**fields)  # only its names are used
-    signs = {name: _sign(name) for name in ("loss", *by_example(output, objective))}
+    signs = {name: better_direction(name) for name in ("loss", *by_example(output, objective))}
     if found := signs.get(metric):
         return found
     names = ", ".join(name for name, one in signs.items() if one)
     raise ValueError(f"--best-metric is {metric!r}; it must be one of {names}.")
-
-
-def _sign(name: str) -> int:
-    first, last = name.split("/")[0], name.split("/")[-1]
-    return _DIRECTIONS.get(first, 0) or _DIRECTIONS.get(last.split("_")[-1], 0)
 
 
 def check(config: TrainConfig, objective: Objective, total: int) -> None:
@@ -165,8 +158,9 @@ def check(config: TrainConfig, objective: Objective, total: int) -> None:
     sign(config.eval.best_metric, objective)
     patience, count = config.eval.early_stopping, evaluations(config, total)
     if patience and count < patience + 2:
+        every = interval(config)
+        remedy = f"lower --eval-every, which is {every}" if every else "set --eval-every"
         raise ValueError(
             f"--early-stopping {patience} would have no effect: the run has {count} evaluation(s), "
-            f"and {patience + 2} are needed. Leave it out, or lower --eval-every, which is "
-            f"{interval(config)}."
+            f"and {patience + 2} are needed. Leave it out, or {remedy}."
         )

@@ -24,6 +24,7 @@ from realign_kernels import Leaf, Objective, PreferenceOutput
 
 EVALUATION = "eval/"
 """Prefix of the metrics of held-out records."""
+_DIRECTIONS = {"loss": -1, "accuracies": 1, "margins": 1}
 _NAMES = {("chosen", "image"): "chosen", ("rejected", "image"): "rejected"}
 
 
@@ -73,6 +74,16 @@ def shifted_mean(metrics: Mapping[str, float], objective: Objective) -> float:
     names = leaf_names(objective)
     rewards = [metrics[f"rewards/{names[leaf]}"] for leaf in objective.shifted_leaves]
     return sum(rewards) / len(rewards)
+
+
+def better_direction(name: str) -> int:
+    """1 if a higher value of a metric is better, -1 if a lower one is, 0 if neither is known.
+
+    Args:
+        name: a metric of this module, or one of RDPOTrainer, such as eval_SET_loss/text.
+    """
+    first, last = name.split("/")[0].split("_")[-1], name.split("_")[-1].split("/")[-1]
+    return _DIRECTIONS.get(first, 0) or _DIRECTIONS.get(last, 0)
 
 
 def is_evaluation(entry: dict[str, Any]) -> bool:

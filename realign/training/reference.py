@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,12 @@ def of_other_model(
     """
     path = config.model.reference_model
     assert path is not None
+    setting = f"--reference-model {path}"
     with distributed.silent():  # the model that is trained reads the same records
-        inputs = load(base=path, meta=True)
-        check_encodings(load(meta=True), inputs, f"--reference-model {path}")
+        policy = load(meta=True)
+        with named(setting):
+            inputs = load(base=path, meta=True)
+        check_encodings(policy, inputs, setting)
     memo = _memo(path, config)
     weights = distributed.broadcast_from_rank0(lambda: _known(memo))
     about = fingerprint(inputs, weights=weights or "unknown")
@@ -168,6 +172,22 @@ def of_other_model(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found
+
+
+@contextmanager
+def named(setting: str) -> Iterator[None]:
+    """A context in which errors name the setting, since the policy's model could have the same.
+
+    Args:
+        setting: the setting with its value.
+
+    Raises:
+        ValueError: for any ValueError or OSError.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{setting} cannot be used: {error}") from error
 
 
 def _any_missing(config: TrainConfig, about: dict[str, str], inputs: Any) -> bool:

@@ -302,7 +302,8 @@ def with_visual(link: Objective, visual_weight: float = 1.0) -> Objective:
     if not set(link.leaves) <= known or REJECTED not in link.leaves:
         raise ValueError(
             f"the visual term needs an objective that compares chosen and rejected responses under "
-            f"the image. {link.name!r} has the leaves {link.leaves}."
+            f"the image. {link.name!r} reads "
+            f"{', '.join(f'{leaf.response} under {leaf.image}' for leaf in link.leaves)}."
         )
     rejected, visual = link.leaves.index(REJECTED), len(link.leaves)
     repeated, names = [], {term.name for term in link.terms}

@@ -114,7 +114,7 @@ def test_benchmark_figures_in_a_card(tmp_path, scores, shown):
 
 def test_the_current_folder_is_not_replaced(adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for output in (".", "", str(tmp_path)):
+    for output in (".", str(tmp_path)):
         assert export.main(["--model", str(adapter), "--output", output]) == 1
         printed = capsys.readouterr().err
         assert printed.startswith(f"error: --output is {output!r}, the current folder")

@@ -287,11 +287,3 @@ def test_the_projector_has_its_own_learning_rate(tune, pairs_file, tmp_path):
     }
     assert largest == {True: pytest.approx(3e-4, rel=0.01), False: pytest.approx(2e-5, rel=0.01)}
     assert len(trainer.optimizer.param_groups) == 4  # with and without weight decay
-
-
-def test_a_rate_for_a_frozen_projector_is_an_error(pairs_file, tmp_path):
-    given = config(tmp_path, projector_learning_rate=3e-4, max_steps=1)
-    trainer = RDPOTrainer(str(ASSETS), given, str(pairs_file), peft_config=LoraConfig(**LORA))
-    message = r"no effect: the projector is frozen.*modules_to_save=\['model.multi_modal_projector"
-    with pytest.raises(ValueError, match=message):
-        trainer.train()

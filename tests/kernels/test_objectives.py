@@ -236,8 +236,8 @@ MISTAKES = [
     ),
     (lambda: objectives.get("dpo+sft", (0, 0)), r"weights of a sum are all 0"),
     (lambda: objectives.get("dpo+sft", gamma=1), r"'dpo\+sft' has no setting gamma"),
-    (lambda: objectives.with_visual(objectives.rdpo()), r"'rdpo' has the leaves"),
-    (lambda: objectives.with_visual(objectives.sft()), r"'sft' has the leaves"),
+    (lambda: objectives.with_visual(objectives.rdpo()), r"'rdpo' reads chosen under image, "),
+    (lambda: objectives.with_visual(objectives.sft()), r"'sft' reads chosen under image\."),
     (lambda: objectives.bco_pair().at(math.nan), r"shift must be a finite number or a tensor"),
     (
         lambda: rk.Objective(

@@ -404,11 +404,12 @@ def test_a_sum_on_the_command_line_is_that_of_the_library():
     [
         ("--objective mdpo --link simpo", "--link would have no effect: mdpo has its own"),
         ("--link simop", "--link is 'simop'; it must be one of dpo, rdpo"),
-        ("--link rdpo", "'rdpo' has the leaves"),
+        ("--link rdpo", "--link is 'rdpo'; it must be an objective that compares the chosen"),
+        ("--link sft", "--link is 'sft'; it must be an objective that compares the chosen"),
         ("--objective dpo+rdop", "--objective is 'dpo.rdop'; it must be one of"),
         ("--objective dpo --loss-weights 1", "--loss-weights would have no effect: dpo is no sum"),
         ("--objective dpo+sft --loss-weights 1,x", "--loss-weights is '1,x'. Give numbers with"),
-        ("--objective dpo+sft --loss-weights 1", "2 objectives need as many weights, got 1"),
+        ("--objective dpo+sft --loss-weights 1", "--loss-weights is '1'; it must have 2 numbers"),
         (
             "--objective dpo+simpo",
             "different defaults of beta: 0.1 of dpo, 2.0 of simpo. Give beta",
@@ -435,3 +436,13 @@ def test_percent_signs_and_optional_types_reach_argparse(capsys):
     assert "About 50 % of it." in capsys.readouterr().out
     parsed = parse_sections({"odd": Odd}, prog="", description="", arguments=["--share", "0.5"])
     assert parsed["odd"] == Odd(share=0.5)
+
+
+def test_empty_values_are_refused_and_lists_of_a_file_are_taken(tmp_path):
+    for flag in ("--reference-model", "--eval-pairs", "--pairs", "--model", "--image-folder"):
+        with pytest.raises(ValueError, match=f"{flag} is empty. Give a value, or leave it out"):
+            config.parse([flag, ""])
+    file = tmp_path / "run.toml"
+    file.write_text('[loss]\nobjective = "dpo+sft"\nloss_weights = [0.8, 1]\n')
+    expected = objectives.get("dpo+sft", (0.8, 1))
+    assert config.parse(["--config", str(file)]).loss.build() == expected
