@@ -66,19 +66,22 @@ PROBES = {
 
 @pytest.fixture
 def run_parts(tmp_path, monkeypatch, capsys):
-    """run_parts(*parts): runs the command on probes; returns (exit code, table, lines)."""
+    """run_parts(*parts, limit=12): runs the command on probes; returns (exit code, table, lines).
+
+    A limit of 1 is 5 s.
+    """
     folder = tmp_path / "probes"
     folder.mkdir()
     (folder / "__init__.py").touch()
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(tmp_path))))
 
-    def call(*parts):
+    def call(*parts, limit=12):
         for part in parts:
             lines = PROBES[part].replace("\n        ", "\n")
             (folder / f"{part}.py").write_text(f"{lines}\n")
         names = ",".join(f"probes.{part}" for part in parts)
-        given = ["--out", str(tmp_path / "out"), "--rehearse", "--limit", "1.2"]
+        given = ["--out", str(tmp_path / "out"), "--rehearse", "--limit", str(limit)]
         code = gpu.main([*given, "--parts", names])
         return code, capsys.readouterr().out, record.read(tmp_path / "out" / record.RESULTS)
 
@@ -90,23 +93,18 @@ def figures(lines, part):
 
 
 def test_other_parts_run_after_a_failure_and_a_second_call_runs_missing_parts(run_parts, tmp_path):
-    code, out, first = run_parts("raises", "hangs", "killed", "lost", "half", "good")
+    code, out, first = run_parts("raises", "killed", "lost", "half", "good")
     assert code == 1
     assert [f["u"] for f in figures(first, "good").values()] == [2.5] * 3
     assert figures(first, "raises")["before"]["ms"] == 1.0
     ends = {line["part"]: line for line in first if "case" not in line}
     assert ends["raises"]["failed"] == "exit code 1"
     assert "RuntimeError: this part is broken" in ends["raises"]["tail"]
-    assert ends["hangs"]["failed"] == "time limit 6 s"
-    assert "time.sleep(600)" in ends["hangs"]["tail"] or "in run" in ends["hangs"]["tail"]
     assert ends["killed"]["failed"] == "exit code -9"
     assert ends["good"]["done"] is True
-    for part, why in (("raises", "exit code 1"), ("hangs", "time limit 6 s"), ("killed", "-9")):
+    for part, why in (("raises", "exit code 1"), ("killed", "-9")):
         assert f"{part}: missing: " in out and why in out
     assert "group  b 2.5u  c 2.5u" in out
-    child = figures(first, "hangs")["child"]["pid"]
-    # A killed process stays a zombie if no init process collects it.
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     # After the loss of a CUDA context the part restarts for its other cases.
     assert list(figures(first, "lost")) == ["first", "second", "third"]
     assert "bad  missing: ValueError: a bad case" in out and "1 FAILED" in out
@@ -120,6 +118,17 @@ def test_other_parts_run_after_a_failure_and_a_second_call_runs_missing_parts(ru
     assert gpu.main(["--out", str(tmp_path / "out"), "--rehearse", "--parts", "good,half"]) == 0
     assert record.read(tmp_path / "out" / record.RESULTS) == lines
     assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def test_a_part_that_hangs_ends_at_its_limit_with_its_child(run_parts):
+    code, out, lines = run_parts("hangs", limit=2)
+    assert code == 1 and "hangs: missing: " in out and "time limit 10 s" in out
+    (end,) = (line for line in lines if line["part"] == "hangs" and "case" not in line)
+    assert end["failed"] == "time limit 10 s"
+    assert "time.sleep(600)" in end["tail"] or "in run" in end["tail"]
+    child = figures(lines, "hangs")["child"]["pid"]
+    # A killed process stays a zombie if no init process collects it.
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
 def test_device_comes_from_nvidia_smi(tmp_path, monkeypatch):
