@@ -21,6 +21,7 @@ import pytest
 import torch
 from pair_runs import FakeEngine, config_in
 from PIL import Image
+from runs import run
 
 from realign.digits import ASSETS
 from realign.digits.scenes import Scene, make_scenes
@@ -116,6 +117,18 @@ def pairs_config(tmp_path_factory) -> PairsConfig:
 def pairs_file(pairs_config) -> Path:
     """About 24 digit pairs."""
     return build_pairs(pairs_config).path
+
+
+@pytest.fixture(scope="session")
+def other(pairs_file, made_once) -> dict[str, Path]:
+    """Folders of a trained adapter ("adapter"), and of the same model merged ("merged")."""
+
+    def make(folder):
+        for name, more in (("adapter", ()), ("merged", ("--merge",))):
+            run(pairs_file, folder / name, "--learning-rate", 1e-3, *more, steps=3)
+
+    folder = made_once("other", make)
+    return {name: folder / name / "model" for name in ("adapter", "merged")}
 
 
 @pytest.fixture(scope="session")

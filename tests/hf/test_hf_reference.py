@@ -19,15 +19,6 @@ from realign.modeling.loading import load_model
 KEYS = ("loss", "rewards/chosen", "rewards/margins", "rewards/visual_margins")
 
 
-@pytest.fixture(scope="module")
-def other(pairs_file, tmp_path_factory):
-    """Folders of a trained adapter, and of the same model merged."""
-    folder = tmp_path_factory.mktemp("other")
-    for name, more in (("adapter", ()), ("merged", ("--merge",))):
-        run(pairs_file, folder / name, "--learning-rate", 1e-3, *more, steps=3)
-    return {name: folder / name / "model" for name in ("adapter", "merged")}
-
-
 def trainer_of(pairs_file, folder, reference, **settings):
     settings = config(folder, reference_model=str(reference) if reference else None, **settings)
     return RDPOTrainer(str(ASSETS), settings, str(pairs_file), peft_config=LoraConfig(**LORA))

@@ -19,15 +19,6 @@ from realign.train import main
 from realign.training import setup
 
 
-@pytest.fixture(scope="module")
-def other(pairs_file, tmp_path_factory):
-    """The folder of a trained adapter, and of the same model merged."""
-    folder = tmp_path_factory.mktemp("other")
-    for name, more in (("adapter", ()), ("merged", ("--merge",))):
-        run(pairs_file, folder / name, "--learning-rate", 1e-3, *more, steps=3)
-    return {name: folder / name / "model" for name in ("adapter", "merged")}
-
-
 def plain_logps(model, pairs_file):
     """Log-probs of chosen and rejected responses by plain forwards, (2, records)."""
     processor, model = load_processor(ASSETS), load_model(model).eval()
