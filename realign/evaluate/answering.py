@@ -173,7 +173,7 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    lines = [line | {"file": file.name} for file in files for line in _lines(file)[1:]]
+    lines = [line | {"file": file.name} for file in files for line in read_sheet(file)[1:]]
     if not lines:
         raise ValueError(
             f"{path} holds no answers. Name the output of `python -m realign.evaluate`."
@@ -185,7 +185,7 @@ def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Read answers by id, and remove an incomplete last line, left by a crash, from the file."""
     if not output.exists():
         return {}
-    head, *lines = _lines(output)
+    head, *lines = read_sheet(output)
     if head.get("asked") != asked:
         before = head["asked"]
         changed = [n for n in before | asked if before.get(n) != asked.get(n)]
@@ -198,7 +198,14 @@ def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {line["id"]: line for line in lines}
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def read_sheet(file: Path) -> list[dict[str, Any]]:
+    """The lines of an answers file: the first with the settings, then one for each answer.
+
+    A last line without its end, left by a crash, is left out.
+
+    Raises:
+        ValueError: for another file.
+    """
     try:
         texts = read_text(file).splitlines(keepends=True)
         lines = [json.loads(text) for text in texts if text.endswith("\n")]  # the last may be cut

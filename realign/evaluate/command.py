@@ -19,8 +19,8 @@ import numpy as np
 from realign.cli import CommandParser
 from realign.config import check_pixels
 from realign.data.errors import short_repr, shorten
-from realign.evaluate import chair, files, hallusionbench, paired, tables, yesno
-from realign.evaluate.answering import Question, Sheet, answer, prepare, read_answers
+from realign.evaluate import chair, compare, files, hallusionbench, tables, yesno
+from realign.evaluate.answering import Question, Sheet, answer, prepare
 from realign.evaluate.handoff import hand_off
 from realign.files import check_file, check_folder, write_whole
 from realign.terminal import show
@@ -154,78 +154,9 @@ def hallusion(args: argparse.Namespace) -> str:
     return _write_scores(args, scores, _lines(tables.hallusionbench(scores)))
 
 
-def compare(args: argparse.Namespace) -> str:
-    """Compare the answers of two models to the same questions. Single files may have any names.
-
-    Raises:
-        FileNotFoundError: if a path does not exist.
-        ValueError: for answers to different questions, or without labels.
-    """
-    paths = [Path(args.first), Path(args.second)]
-    for argument, path in zip(("FIRST", "SECOND"), paths, strict=True):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{argument}: there is no answers file or folder {path}. Pass the "
-                "--output of a run."
-            )
-    single = not any(path.is_dir() for path in paths)
-    name = " -> ".join(dict.fromkeys(path.stem for path in paths)) if single else None
-    first, second = (_labelled(path, name) for path in paths)
-    unmatched, difference = sorted(first.keys() ^ second.keys()), "are in only one"
-    if not unmatched:
-        unmatched = [key for key in first if _asked(first[key]) != _asked(second[key])]
-        difference = "differ"
-    if unmatched:
-        raise ValueError(
-            f"{args.first} and {args.second} answer different questions: "
-            f"{len(unmatched)} {difference}, such as {unmatched[0][1]!r}. "
-            "Compare answers to the same files."
-        )
-    lines = []
-    for file in dict.fromkeys(file for file, _ in first):
-        keys = [key for key in first if key[0] == file]
-        before, after = [first[key] for key in keys], [second[key] for key in keys]
-        numbers: dict[str, int] = {}
-        names = (str(line["image"] or line["id"]) for line in before)
-        clusters = np.array([numbers.setdefault(image, len(numbers)) for image in names])
-        lines.append(name or Path(file).stem)
-        for rule in yesno.RULES:
-            right = [
-                yesno.right(_column(answers, "answer"), _column(before, "label"), rule)
-                for answers in (before, after)
-            ]
-            comparison = paired.compare(*right, clusters=clusters, seed=args.seed)
-            lines.append(f"  {rule:6} {comparison}")
-    return "\n".join([*lines, "(difference with its 95 % bootstrap interval over images)"])
-
-
 def handoff(args: argparse.Namespace) -> str:
     """Write a model folder for lmms-eval and VLMEvalKit."""
     return hand_off(args.model, args.output)
-
-
-def _labelled(path: Path, name: str | None) -> dict[tuple[str, str], dict[str, Any]]:
-    """(file, id) -> answer with its label, for yes/no questions. Captions are skipped.
-
-    `name` replaces the file's name if two single files are compared.
-    """
-    labelled = {}
-    for line in read_answers(path):
-        if "label" not in line and "gt_answer" in line:
-            line["label"] = "yes" if str(line["gt_answer"]) == "1" else "no"
-        if "label" in line:
-            if not {"question", "image"} <= line.keys() or not _POPE["label"][0](line["label"]):
-                raise ValueError(f"{path}: answer {line['id']!r} has no question, image or label.")
-            if not files.is_text(line["question"]) or not isinstance(line["image"], str | None):
-                raise ValueError(f"{path}: question or image of answer {line['id']!r} is no text.")
-            labelled[name or line["file"], line["id"]] = line
-    if not labelled:
-        raise ValueError(f"{path} has no labels. `compare` needs yes/no answers.")
-    return labelled
-
-
-def _asked(line: dict[str, Any]) -> tuple[str, str | None]:
-    return line["question"], line["image"]
 
 
 def _sheet(
@@ -398,12 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("questions", metavar="FILE", help="HallusionBench.json.")
     add_suffix(command)
     add_model(command)
-    command = add("compare", compare, "answers-base answers-rdpo")
-    for name, model in (("first", "first"), ("second", "second")):
-        command.add_argument(
-            name, metavar=name.upper(), help=f"Answers of the {model} model: a file or a folder."
-        )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the bootstrap.")
+    compare.add_parser(add)
     command = add("handoff", handoff, "\\\n    --model runs/llava/model --output llava-merged")
     command.add_argument(
         "--model",

@@ -1,0 +1,201 @@
+"""Benchmarks by name: their rules, and the score of each answer by each rule.
+
+An answers file names its benchmark in its first line. Each later line holds all that its rules
+need, such as the label, so answers are scored without the files of the benchmark.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realign.data.errors import shorten
+from realign.evaluate import yesno
+from realign.evaluate.answering import read_sheet
+from realign.evaluate.files import is_text, read_text
+
+Line = Mapping[str, Any]
+"""A line of an answers file: id, question, image, answer, and the facts of the benchmark."""
+
+
+def _image(line: Line) -> str:
+    return str(line.get("image") or line["id"])
+
+
+def _id(line: Line) -> str:
+    return str(line["id"])
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How the answers to a benchmark are scored.
+
+    Attributes:
+        title: its name in tables.
+        rules: name of a rule -> function from a line of the answers to its score in [0, 1].
+        unit: id of the unit that a line belongs to. The score of a unit is its lowest score:
+            MMBench's question counts as right if all its rotations are.
+        cluster: group of lines that are not independent, for the bootstrap.
+    """
+
+    title: str
+    rules: Mapping[str, Callable[[Line], float]]
+    unit: Callable[[Line], str] = _id
+    cluster: Callable[[Line], str] = _image
+
+
+@dataclass(frozen=True)
+class Units:
+    """Scores of the units of a file by each rule.
+
+    Attributes:
+        ids: id of each unit, in the order of the file.
+        clusters: number of the cluster of each unit, (units,) int.
+        scores: rule -> score of each unit in [0, 1], (units,) float.
+    """
+
+    ids: list[str]
+    clusters: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+def units(lines: Sequence[Line], benchmark: Benchmark) -> Units:
+    """Score the lines of a file, and take the lowest score of each unit."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(benchmark.unit(line), []).append(line)
+    numbers: dict[str, int] = {}
+    places = [benchmark.cluster(group[0]) for group in groups.values()]
+    clusters = [numbers.setdefault(place, len(numbers)) for place in places]
+    scores = {
+        name: np.array([min(map(rule, group)) for group in groups.values()], float)
+        for name, rule in benchmark.rules.items()
+    }
+    return Units(list(groups), np.array(clusters, int), scores)
+
+
+def _yes_no(rule: str, line: Line) -> float:
+    return float(yesno.right([line["answer"]], [line["label"]], rule)[0])
+
+
+def _no_hallucination(line: Line) -> float:
+    """1 if a caption names no object that the image does not show, as CHAIR-s counts."""
+    return float(not line["hallucinated"])
+
+
+_YES_NO = {rule: partial(_yes_no, rule) for rule in yesno.RULES}
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "pope": Benchmark("POPE", _YES_NO),
+    "hallusionbench": Benchmark("HallusionBench", _YES_NO),
+    "chair": Benchmark("CHAIR", {"no hallucination": _no_hallucination}),
+}
+"""Name of a benchmark, as in the first line of an answers file -> how it is scored."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answers of one model to one file of a benchmark.
+
+    Attributes:
+        file: the answers file.
+        model: folder or Hub name of the model.
+        benchmark: a name in `BENCHMARKS`.
+        lines: the answers.
+    """
+
+    file: Path
+    model: str
+    benchmark: str
+    lines: list[dict[str, Any]]
+
+
+def read_answered(path: str | Path) -> dict[str, Answered]:
+    """Read the answers of one model that can be scored question by question.
+
+    Args:
+        path: an answers file, or the folder of a run, with one file for each file of questions.
+            Captions are skipped if they have not been scored.
+
+    Returns:
+        Name of a file without its suffix -> its answers.
+
+    Raises:
+        FileNotFoundError: if `path` does not exist.
+        ValueError: for another file, or answers without labels.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no answers file or folder {path}. Pass the --output of a run."
+        )
+    found: dict[str, Answered] = {}
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        head, *lines = read_sheet(file)
+        name = head.get("benchmark") or _guess(lines)
+        if name not in BENCHMARKS:
+            raise ValueError(f"{file} answers {name!r}, which is not a benchmark of this version.")
+        if name in _CAPTIONS and not (lines := _with_objects(file, lines)):
+            continue
+        for line in lines:
+            _check(file, line, name)
+        if lines:
+            model = str(head["asked"].get("model"))
+            found[file.stem] = Answered(file, model, name, lines)
+    if not found:
+        raise ValueError(
+            f"{path} has no answers with labels. Name the --output of a run of "
+            "`python -m realign.evaluate`."
+        )
+    return found
+
+
+_CAPTIONS = ("chair",)
+
+
+def _guess(lines: Sequence[Line]) -> str:
+    """The benchmark of a file whose first line does not name it."""
+    if not lines or "label" in lines[0]:
+        return "pope"
+    return "hallusionbench" if "gt_answer" in lines[0] else "chair"
+
+
+def _with_objects(file: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of captions with their hallucinated objects, or none if they were not scored."""
+    objects = file.with_name(f"{file.stem}-objects.json")
+    if not objects.exists():
+        return []
+    try:
+        named = {
+            row["id"]: (row["answer"], row["hallucinated"])
+            for row in json.loads(read_text(objects))
+        }
+        return [
+            line | {"hallucinated": named[line["id"]][1]}
+            for line in lines
+            if named[line["id"]][0] == line["answer"]
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        why = shorten(repr(error))
+        raise ValueError(
+            f"{objects} does not fit {file} ({why}). Run the benchmark again."
+        ) from error
+
+
+def _check(file: Path, line: dict[str, Any], benchmark: str) -> None:
+    """Check a line, and add the label of an answer to HallusionBench."""
+    if "gt_answer" in line:
+        line.setdefault("label", "yes" if str(line["gt_answer"]) == "1" else "no")
+    needed = {"question", "image"} | (
+        {"label"} if benchmark in ("pope", "hallusionbench") else set()
+    )
+    if missing := sorted(needed - line.keys()):
+        raise ValueError(f"{file}: answer {line['id']!r} has no {', '.join(missing)}.")
+    if not is_text(line["question"]) or not isinstance(line["image"], str | None):
+        raise ValueError(f"{file}: question or image of answer {line['id']!r} is no text.")
