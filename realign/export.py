@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realign.cli import one_line_errors, parse_sections
-from realign.evaluate.tables import Table, markdown, table_of
+from realign.evaluate.tables import Table, markdown, tables_of
 from realign.files import read_json
 from realign.modeling.loading import DTYPES
 from realign.terminal import printable, show
@@ -29,7 +29,7 @@ class ExportConfig:
     """Dtype of the written weights. Without it, the dtype of the base."""
     metrics: str | None = None
     """JSON file of figures for the model card, written by `realign.evaluate --output`: the file of
-    the digits, pope.json, chair.json or hallusionbench.json."""
+    the digits, or the JSON file of a benchmark, such as pope.json."""
 
     def __post_init__(self) -> None:
         for name, needed in (("model", "a model"), ("output", "the folder to write")):
@@ -55,7 +55,7 @@ def evaluation_of(file: Path) -> str:
         if not scores.get("scores", scores):
             raise ValueError("it is empty")
         if "scores" in scores:
-            return markdown(table_of(scores["scores"]))
+            return "\n\n".join(map(markdown, tables_of(scores["scores"])))
         rows = []
         for name, rate in scores.items():
             value, low, high = (100 * float(rate[key]) for key in ("value", "low", "high"))
@@ -69,7 +69,7 @@ def evaluation_of(file: Path) -> str:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{file} holds no figures of `realign.evaluate --output` ({error!r}). Give its JSON "
-            "file for digits, or pope.json, chair.json or hallusionbench.json."
+            "file for digits, or the JSON file of a benchmark, such as pope.json."
         ) from error
     return markdown(Table("", ("on scenes it was not trained on", "share [95 % interval]"), rows))
 

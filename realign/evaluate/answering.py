@@ -26,6 +26,9 @@ from realign.pairs.io.images import load_image
 from realign.pairs.io.rows import files_digest
 from realign.progress import Progress
 
+_PIXELS_OF_TOKEN = 28 * 28  # of Qwen2-VL
+_LETTERS_OF_TOKEN = 4
+
 
 @dataclass(frozen=True)
 class Question:
@@ -54,6 +57,8 @@ class Sheet:
         output: JSON-lines file of the answers.
         asked: settings that the answers depend on, the first line of `output`.
         done: question id -> line of `output`.
+        benchmark: name in `benchmarks.BENCHMARKS`, for the first line of `output`.
+        sizes: image -> its number of pixels.
     """
 
     questions: Sequence[Question]
@@ -61,6 +66,8 @@ class Sheet:
     output: Path
     asked: dict[str, Any]
     done: dict[str, dict[str, Any]]
+    benchmark: str | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[Question]:
@@ -77,6 +84,7 @@ def prepare(
     max_tokens: int,
     suffix: str = "",
     pixels: Mapping[str, int | None] | None = None,
+    benchmark: str | None = None,
 ) -> Sheet:
     """Check questions, their images and the file of answers, without a model.
 
@@ -88,6 +96,7 @@ def prepare(
         max_tokens: maximum number of tokens in an answer.
         suffix: text appended to every question.
         pixels: limits on the size of images, by the names of `load_processor`'s arguments.
+        benchmark: name of the benchmark, for the first line of the file.
 
     Raises:
         ValueError: for repeated ids, a missing image, or an `output` that cannot be written or
@@ -99,7 +108,7 @@ def prepare(
     mark = files_digest(model)
     asked = {"model": model, "mark": mark, "max_tokens": max_tokens, "suffix": suffix}
     asked |= {name: value for name, value in (pixels or {}).items() if value is not None}
-    sheet = Sheet(questions, DataFolder(images), output, asked, _read(output, asked))
+    sheet = Sheet(questions, DataFolder(images), output, asked, _read(output, asked), benchmark)
     for question in questions:
         earlier = sheet.done.get(question.id)
         if earlier is not None and (earlier.get("question"), earlier.get("image")) != (
@@ -110,7 +119,9 @@ def prepare(
                 f"{output} answers a different question under the id {question.id!r}. Name another "
                 "--output."
             )
-    _check_images(sheet)
+        if earlier is not None:  # a corrected file may have another label
+            sheet.done[question.id] = earlier | question.facts
+    _measure_images(sheet)
     return sheet
 
 
@@ -122,6 +133,9 @@ def answer(
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Answer the questions of a sheet that have no answer yet, with greedy decoding.
+
+    Questions of similar length are answered together, the longest first, so that little of a batch
+    is padding. The groups do not depend on earlier answers, so a resumed run has the same batches.
 
     Args:
         engine: engine of the model, opened if a question has no answer yet.
@@ -135,20 +149,18 @@ def answer(
     Raises:
         ValueError: if an image cannot be read.
     """
-    missing, output, asked = sheet.missing, sheet.output, sheet.asked
+    output = sheet.output
+    parts = [part for part in _parts(sheet, batch) if part]
     with Progress(
         output.stem,
         "questions",
         len(sheet.questions),
-        done=len(sheet.questions) - len(missing),
+        done=len(sheet.questions) - len(sheet.missing),
         quiet=not progress,
     ) as bar:
-        if missing:
+        if parts:
             engine.open()
-            output.parent.mkdir(parents=True, exist_ok=True)
-            if not output.exists():
-                write_whole(output, json.dumps({"asked": asked}) + "\n")
-        parts = [missing[start : start + batch] for start in range(0, len(missing), batch)]
+        _write_done(sheet)
         groups = ([_chat(question, sheet) for question in part] for part in parts)
         with closing(engine.chats(groups)) as answered:
             for part, replies in zip(parts, answered, strict=True):
@@ -162,7 +174,31 @@ def answer(
                 with output.open("a", encoding="utf-8") as file:
                     file.write("".join(lines))
                 bar.update(len(part))
+    _write_done(sheet)
     return [sheet.done[question.id] for question in sheet.questions]
+
+
+def _parts(sheet: Sheet, batch: int) -> list[list[Question]]:
+    """Unanswered questions by length, in groups that do not depend on the answered ones."""
+
+    def length(question: Question) -> float:
+        """Rough number of tokens. Processors of one size of image take any order of images."""
+        pixels = sheet.sizes.get(question.image or "", 0)
+        return pixels / _PIXELS_OF_TOKEN + len(question.text) / _LETTERS_OF_TOKEN
+
+    order = sorted(sheet.questions, key=length, reverse=True)
+    groups = (order[start : start + batch] for start in range(0, len(order), batch))
+    return [[question for question in group if question.id not in sheet.done] for group in groups]
+
+
+def _write_done(sheet: Sheet) -> None:
+    """Write the first line and the answers in the order of the questions, unless it is so."""
+    lines = [{"asked": sheet.asked} | ({"benchmark": sheet.benchmark} if sheet.benchmark else {})]
+    ids = dict.fromkeys(question.id for question in sheet.questions)
+    lines += [sheet.done[name] for name in {**ids, **sheet.done} if name in sheet.done]
+    if not sheet.output.exists() or read_sheet(sheet.output) != lines:
+        sheet.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(sheet.output, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_answers(path: str | Path) -> list[dict[str, Any]]:
@@ -220,11 +256,12 @@ def read_sheet(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _check_images(sheet: Sheet) -> None:
-    """Check that the image of every unanswered question is a file in the folder.
+def _measure_images(sheet: Sheet) -> None:
+    """Check that the image of every unanswered question is an image in the folder, and note sizes.
 
     Raises:
-        ValueError: for missing images, with the first question and file and the number of images.
+        ValueError: for missing images, with the first question and file and the number of images,
+            and for an image with an invalid header.
     """
     images: dict[str, Question] = {}
     for question in sheet.missing:
@@ -243,6 +280,17 @@ def _check_images(sheet: Sheet) -> None:
             f"{shorten(places[first])}. {len(absent)} of {len(images)} images are missing. Check "
             "--image-folder."
         )
+    # The order of the questions must not depend on which of them are answered.
+    for question in sheet.questions:
+        if question.image is None or question.image in sheet.sizes:
+            continue
+        try:
+            width, height = StoredImage(path=_place(sheet.folder, question)).size()
+        except ImageError as error:
+            if question.image not in images:
+                continue
+            raise ValueError(f"the image of question {question.id!r}: {error}") from error
+        sheet.sizes[question.image] = width * height
 
 
 def _place(folder: DataFolder, question: Question) -> str:

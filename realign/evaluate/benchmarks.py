@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from realign.data.errors import shorten
-from realign.evaluate import yesno
+from realign.evaluate import amber, hallusionbench, mme, vqa, yesno
 from realign.evaluate.answering import read_sheet
 from realign.evaluate.files import is_text, read_text
+from realign.evaluate.letters import letter
 
 Line = Mapping[str, Any]
 """A line of an answers file: id, question, image, answer, and the facts of the benchmark."""
@@ -39,6 +40,7 @@ class Benchmark:
     Attributes:
         title: its name in tables.
         rules: name of a rule -> function from a line of the answers to its score in [0, 1].
+        facts: fields of a line that its rules need.
         unit: id of the unit that a line belongs to. The score of a unit is its lowest score:
             MMBench's question counts as right if all its rotations are.
         cluster: group of lines that are not independent, for the bootstrap.
@@ -46,6 +48,7 @@ class Benchmark:
 
     title: str
     rules: Mapping[str, Callable[[Line], float]]
+    facts: Sequence[str] = ()
     unit: Callable[[Line], str] = _id
     cluster: Callable[[Line], str] = _image
 
@@ -81,22 +84,120 @@ def units(lines: Sequence[Line], benchmark: Benchmark) -> Units:
 
 
 def _yes_no(rule: str, line: Line) -> float:
-    return float(yesno.right([line["answer"]], [line["label"]], rule)[0])
+    return float(yesno.RULES[rule](line["answer"]) == line["label"])
+
+
+def _mme(rule: str, line: Line) -> float:
+    return float(mme.RULES[rule](line["answer"]) == line["label"])
+
+
+def _letter(line: Line) -> float:
+    """1 for the right letter. A question without options needs the answer itself."""
+    if "options" in line:
+        return float(letter(line["answer"], line["options"]) == line["label"])
+    return float(line["answer"].lower().strip().rstrip(".") == line["label"].lower())
+
+
+def _vqa(rule: str, line: Line) -> float:
+    return vqa.RULES[rule](line["answer"], line["answers"])
 
 
 def _no_hallucination(line: Line) -> float:
-    """1 if a caption names no object that the image does not show, as CHAIR-s counts."""
+    """1 if a caption names no object that the image does not show."""
     return float(not line["hallucinated"])
 
 
+def _pair(line: Line) -> str:
+    return str(line["pair"])
+
+
+def _unit(line: Line) -> str:
+    return str(line["unit"])
+
+
 _YES_NO = {rule: partial(_yes_no, rule) for rule in yesno.RULES}
+_LETTER = {"letter": _letter}
+_VQA = {rule: partial(_vqa, rule) for rule in vqa.RULES}
+_CAPTIONS = {"no hallucination": _no_hallucination}
+_LABEL, _OPTIONS = ("label",), ("label", "options")
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "pope": Benchmark("POPE", _YES_NO),
-    "hallusionbench": Benchmark("HallusionBench", _YES_NO),
-    "chair": Benchmark("CHAIR", {"no hallucination": _no_hallucination}),
+    "pope": Benchmark("POPE", _YES_NO, _LABEL),
+    "hallusionbench": Benchmark("HallusionBench", _YES_NO, _LABEL),
+    "chair": Benchmark("CHAIR", _CAPTIONS),
+    "amber-generative": Benchmark("AMBER, captions", _CAPTIONS),
+    "amber-discriminative": Benchmark("AMBER, yes or no", _YES_NO, _LABEL),
+    "mme": Benchmark(
+        "MME",
+        {rule: partial(_mme, rule) for rule in mme.RULES},
+        (*_LABEL, "category", "pair"),
+        cluster=_pair,
+    ),
+    "mmstar": Benchmark("MMStar", _LETTER, _OPTIONS),
+    "mmbench": Benchmark("MMBench", _LETTER, (*_OPTIONS, "unit"), unit=_unit),
+    "mmvp": Benchmark("MMVP", _LETTER, (*_OPTIONS, "pair"), cluster=_pair),
+    "realworldqa": Benchmark("RealWorldQA", _LETTER, _LABEL),
+    "scienceqa": Benchmark("ScienceQA", _LETTER, _OPTIONS),
+    "textvqa": Benchmark("TextVQA", _VQA, ("answers",)),
+    "vizwiz": Benchmark("VizWiz", _VQA, ("answers",)),
 }
 """Name of a benchmark, as in the first line of an answers file -> how it is scored."""
+
+
+def report(lines: Sequence[Line], name: str) -> list[dict[str, Any]]:
+    """Figures of the answers to a benchmark, for all and for each group of questions.
+
+    Args:
+        lines: answers with their facts.
+        name: a name in `BENCHMARKS`, except for captions.
+
+    Returns:
+        Rows with `rule`, `group`, `questions` (units) and shares in [0, 1], such as `accuracy`.
+    """
+    benchmark = BENCHMARKS[name]
+    rows: list[dict[str, Any]] = []
+    for rule, scored in benchmark.rules.items():
+        if name == "mme":
+            found = mme.score(lines, [scored(line) for line in lines])
+        else:
+            found = [
+                {"group": group}
+                | _figures([line for line in lines if _is_in(line, group)], name, rule)
+                for group in (
+                    "all",
+                    *dict.fromkeys(g for line in lines for g in line.get("groups", ())),
+                )
+            ]
+        rows += [{"rule": rule} | row for row in found]
+    grouped = any(row["group"] != "all" for row in rows)
+    return rows if grouped else [{k: v for k, v in row.items() if k != "group"} for row in rows]
+
+
+def _is_in(line: Line, group: str) -> bool:
+    return group == "all" or group in line["groups"]
+
+
+def _figures(lines: Sequence[Line], name: str, rule: str) -> dict[str, Any]:
+    scores = units(lines, BENCHMARKS[name]).scores[rule]
+    figures: dict[str, Any] = {"questions": len(scores), "accuracy": float(scores.mean())}
+    if name == "mmvp":
+        pairs = replace(BENCHMARKS[name], unit=_pair)
+        figures["both of a pair"] = float(units(lines, pairs).scores[rule].mean())
+    if name == "pope":
+        answers, labels = ([line[key] for line in lines] for key in ("answer", "label"))
+        found = yesno.score(answers, labels, rule)
+        figures |= {"F1": found.f1, "precision": found.precision, "recall": found.recall}
+        figures |= {"yes": found.yes_rate, "neither": found.unread}
+    if name == "hallusionbench":
+        found = hallusionbench.score(
+            [BENCHMARKS[name].rules[rule](line) > 0 for line in lines], lines
+        )
+        figures = {key.replace("_", " "): value for key, value in asdict(found).items()}
+    if name == "amber-discriminative":
+        verdicts = [yesno.RULES[rule](line["answer"]) for line in lines]
+        figures |= amber.discriminative([line["label"] for line in lines], verdicts)
+        figures["neither"] = sum(verdict is None for verdict in verdicts) / len(verdicts)
+    return figures
 
 
 @dataclass(frozen=True)
@@ -141,7 +242,7 @@ def read_answered(path: str | Path) -> dict[str, Answered]:
         name = head.get("benchmark") or _guess(lines)
         if name not in BENCHMARKS:
             raise ValueError(f"{file} answers {name!r}, which is not a benchmark of this version.")
-        if name in _CAPTIONS and not (lines := _with_objects(file, lines)):
+        if BENCHMARKS[name].rules is _CAPTIONS and not (lines := _with_objects(file, lines)):
             continue
         for line in lines:
             _check(file, line, name)
@@ -154,9 +255,6 @@ def read_answered(path: str | Path) -> dict[str, Answered]:
             "`python -m realign.evaluate`."
         )
     return found
-
-
-_CAPTIONS = ("chair",)
 
 
 def _guess(lines: Sequence[Line]) -> str:
@@ -188,14 +286,22 @@ def _with_objects(file: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any
         ) from error
 
 
-def _check(file: Path, line: dict[str, Any], benchmark: str) -> None:
-    """Check a line, and add the label of an answer to HallusionBench."""
+def _check(file: Path, line: dict[str, Any], name: str) -> None:
+    """Check a line, and add the label of an answer to HallusionBench of an earlier version."""
     if "gt_answer" in line:
         line.setdefault("label", "yes" if str(line["gt_answer"]) == "1" else "no")
-    needed = {"question", "image"} | (
-        {"label"} if benchmark in ("pope", "hallusionbench") else set()
-    )
-    if missing := sorted(needed - line.keys()):
+    if missing := sorted({"question", "image", *BENCHMARKS[name].facts} - line.keys()):
         raise ValueError(f"{file}: answer {line['id']!r} has no {', '.join(missing)}.")
     if not is_text(line["question"]) or not isinstance(line["image"], str | None):
         raise ValueError(f"{file}: question or image of answer {line['id']!r} is no text.")
+    for fact, kind in (("options", dict), ("answers", list), ("label", str)):
+        if fact in BENCHMARKS[name].facts and not isinstance(line[fact], kind):
+            raise ValueError(f"{file}: {fact} of answer {line['id']!r} is no {kind.__name__}.")
+    label = line.get("label")
+    if BENCHMARKS[name].rules is _YES_NO or name == "mme":
+        label = str(label).strip().lower()
+        if label not in ("yes", "no"):
+            raise ValueError(
+                f"{file}: the label of answer {line['id']!r} is {label!r}, not yes or no."
+            )
+        line["label"] = label

@@ -25,6 +25,7 @@ from pathlib import Path
 from realign.evaluate.files import read_captions, read_instances, read_synonyms
 
 OWN_SYNONYMS = Path(__file__).with_name("coco_objects.txt")
+OWN = "Re-Align's own list of synonyms, not that of published figures"
 
 _ANIMALS = (
     "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",

@@ -1,8 +1,8 @@
-"""Benchmarks of photographs: `python -m realign.evaluate pope|chair|hallusionbench|...`.
+"""Benchmarks of photographs: `python -m realign.evaluate BENCHMARK FILE --model MODEL ...`.
 
-`pope`, `chair` and `hallusionbench` ask a model the questions of a benchmark and print the figures.
-They save all answers in JSON-lines files (`answering`), so a stopped run resumes. `compare`
-compares two such files, or two folders. `handoff` prepares a model for lmms-eval and VLMEvalKit.
+A benchmark asks a model its questions and prints the figures. All answers are saved in JSON-lines
+files (`answering`), so a stopped run resumes. `compare` compares such files or folders of several
+models. `handoff` prepares a model for lmms-eval and VLMEvalKit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,133 @@ import numpy as np
 
 from realign.cli import CommandParser
 from realign.config import check_pixels
-from realign.data.errors import short_repr, shorten
-from realign.evaluate import chair, compare, files, hallusionbench, tables, yesno
+from realign.data.errors import shorten
+from realign.evaluate import amber, chair, compare, files, sets, tables
 from realign.evaluate.answering import Question, Sheet, answer, prepare
+from realign.evaluate.benchmarks import BENCHMARKS, report
 from realign.evaluate.handoff import hand_off
 from realign.files import check_file, check_folder, write_whole
 from realign.terminal import show
 
 SHORT = "\nAnswer the question using a single word or phrase."
-"""Suffix of a yes/no question in LLaVA and lmms-eval."""
+"""Suffix of a short question in LLaVA and lmms-eval."""
+YES_NO = "\nPlease answer yes or no."
+"""Suffix of AMBER's yes/no questions in VLMEvalKit."""
+UNANSWERABLE = (
+    f"\nWhen the provided information is insufficient, respond with 'Unanswerable'.{SHORT}"
+)
+"""Suffix of VizWiz's questions in lmms-eval."""
 CAPTION = "Please describe this image in detail."
 """Usual prompt of CHAIR in papers on hallucination."""
 
 _LEAST = {"limit": 0, "most": 0, "seed": 0, "batch_size": 1, "max_tokens": 1, "workers": 0}
-
 _PIXELS = ("min_pixels", "max_pixels")
+_PART = 4  # batches between two writes to the disk
 
-_POPE = {
-    "question_id": files.KEY,
-    "text": files.TEXT,
-    "image": files.TEXT,
-    "label": (lambda value: str(value).strip().lower() in ("yes", "no"), "yes or no"),
+
+@dataclass(frozen=True)
+class Asked:
+    """How a benchmark is asked.
+
+    Attributes:
+        summary: for the list of commands.
+        read: reader of its questions.
+        files: what to give, for the help.
+        example: arguments of an example.
+        suffix: text appended to every question by default.
+        max_tokens: default limit on an answer.
+        several: whether several files may be given.
+    """
+
+    summary: str
+    read: Callable[[sets.Source], sets.Sheets]
+    files: str
+    example: str
+    suffix: str = sets.LETTER
+    max_tokens: int = 16
+    several: bool = True
+
+
+ASKED = {
+    "pope": Asked(
+        "POPE: yes/no questions about objects, scored by three rules",
+        sets.pope,
+        "POPE file, such as coco_pope_random.json.",
+        "coco_pope_random.json",
+        SHORT,
+    ),
+    "hallusionbench": Asked(
+        "HallusionBench, scored by rules instead of GPT-4",
+        sets.hallusion,
+        "HallusionBench.json.",
+        "HallusionBench.json",
+        SHORT,
+        several=False,
+    ),
+    "amber": Asked(
+        "AMBER: objects in captions by word lists, and yes/no questions",
+        sets.amber,
+        "Folder `data` of AMBER's repository.",
+        "AMBER/data",
+        YES_NO,
+        several=False,
+    ),
+    "mme": Asked(
+        "MME: pairs of yes/no questions, perception and cognition",
+        sets.mme,
+        "Folder of MME's release, which is also the --image-folder, or Parquet or TSV files.",
+        "MME.tsv",
+        "",
+    ),
+    "mmstar": Asked(
+        "MMStar: multiple choice",
+        sets.mmstar,
+        "mmstar.parquet or MMStar.tsv.",
+        "mmstar.parquet",
+    ),
+    "mmbench": Asked(
+        "MMBench's dev split: multiple choice in all rotations",
+        sets.mmbench,
+        "TSV or Parquet files of the dev split, such as MMBench_DEV_EN.tsv.",
+        "MMBench_DEV_EN.tsv",
+    ),
+    "mmvp": Asked(
+        "MMVP: multiple choice in pairs of similar images",
+        sets.mmvp,
+        "Questions.csv, or the Parquet file.",
+        "Questions.csv",
+    ),
+    "realworldqa": Asked(
+        "RealWorldQA: multiple choice and short answers",
+        sets.realworldqa,
+        "annotations.jsonl, the Parquet files, or RealWorldQA.tsv.",
+        "annotations.jsonl",
+        "",
+    ),
+    "scienceqa": Asked(
+        "ScienceQA: multiple choice, with and without images",
+        sets.scienceqa,
+        "problems.json, with pid_splits.json beside it, or the Parquet files.",
+        "problems.json",
+    ),
+    "textvqa": Asked(
+        "TextVQA's val split, by VQA accuracy",
+        sets.textvqa,
+        "TextVQA_0.5.1_val.json, or the Parquet files.",
+        "TextVQA_0.5.1_val.json",
+        SHORT,
+        max_tokens=32,
+    ),
+    "vizwiz": Asked(
+        "VizWiz's val split, by VQA accuracy",
+        sets.vizwiz,
+        "val.json, or the Parquet files.",
+        "val.json",
+        UNANSWERABLE,
+        max_tokens=32,
+    ),
 }
-_POPE_FILE = "Give a file of POPE, such as coco_pope_random.json."
-_HALLUSION = {"question": files.TEXT} | dict.fromkeys(hallusionbench.NEEDED, files.KEY)
-_HALLUSION["gt_answer"] = (lambda value: str(value) in ("0", "1"), "0 or 1")
-_HALLUSION_FILE = "Give HallusionBench.json."
+"""Command -> how its benchmark is asked."""
 
 
 def run(words: Sequence[str]) -> int:
@@ -64,30 +165,65 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def pope(args: argparse.Namespace) -> str:
-    """Ask the questions of each POPE file, and score the answers by every rule.
+def ask(args: argparse.Namespace) -> str:
+    """Ask the questions of a benchmark, and score the answers by its rules.
 
     Raises:
-        ValueError: for two files of the same name, whose answers would share a file.
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind, or answers of another model in `--output`.
     """
+    words = _words(args)
+    options = {name: getattr(args, name) for name in ("split", "part") if hasattr(args, name)}
+    source = sets.Source(args.questions, args.image_folder, args.limit, **options)
     sheets: dict[str, Sheet] = {}
-    for file in args.questions:
-        if (name := Path(file).stem) in sheets:
-            raise ValueError(
-                f"two files are called {name}, so their answers would share one file. Rename one."
-            )
-        items = [
-            Question(
-                str(item["question_id"]), item["text"], item["image"], {"label": item["label"]}
-            )
-            for item in files.read_rows(file, _POPE, _POPE_FILE, args.limit)
-        ]
-        sheets[name] = _sheet(args, items, name, max_tokens=16, suffix=args.suffix)
-    scores: dict[str, Any] = {}
-    for name, lines in _answers(args, sheets).items():
-        texts, labels = _column(lines, "answer"), _column(lines, "label")
-        scores[name] = {rule: asdict(yesno.score(texts, labels, rule)) for rule in yesno.RULES}
-    return _write_scores(args, scores, _lines(tables.pope(scores)))
+    for name, questions in ASKED[args.command].read(source).items():
+        captions = name == "amber-generative"
+        sheets[name] = _sheet(
+            args,
+            questions,
+            name,
+            benchmark=name if name in BENCHMARKS else args.command,
+            max_tokens=args.caption_tokens if captions else args.max_tokens,
+            suffix="" if captions else args.suffix,
+        )
+    lists = None
+    if "amber-generative" in sheets:
+        check_file("--output", Path(args.output) / "amber-generative-objects.json")
+        folder = Path(args.questions[0])
+        lists = amber.Lists(folder / "relation.json", folder / "safe_words.txt")
+        for question in sheets["amber-generative"].questions:
+            amber.caption("", question.facts, lists)  # an unknown object is found before the model
+    answers = _answers(args, sheets)
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for name, lines in answers.items():
+        benchmark = sheets[name].benchmark or args.command
+        if name == "amber-generative":
+            assert lists is not None
+            parts[f"AMBER, captions, by {words.name}"] = _amber_captions(args, lines, lists, words)
+            continue
+        file = {"file": name} if args.command == "pope" else {}
+        rows = [file | row for row in report(lines, benchmark)]
+        parts.setdefault(BENCHMARKS[benchmark].title, []).extend(rows)
+    return _write_scores(args, parts)
+
+
+def _words(args: argparse.Namespace) -> amber.Words:
+    return amber.authors_words() if getattr(args, "authors_words", False) else amber.OWN_WORDS
+
+
+def _amber_captions(
+    args: argparse.Namespace,
+    lines: Sequence[Mapping[str, Any]],
+    lists: amber.Lists,
+    words: amber.Words,
+) -> list[dict[str, Any]]:
+    counted = [amber.caption(line["answer"], line, lists, words) for line in lines]
+    _write_objects(args, "amber-generative", lines, [c.hallucinated for c in counted])
+    figures = amber.generative(counted)
+    return [
+        {"captions": figures.captions, "CHAIR": figures.chair, "Cover": figures.cover}
+        | {"Hal": figures.hal, "Cog": figures.cog}
+    ]
 
 
 def captions(args: argparse.Namespace) -> str:
@@ -110,48 +246,21 @@ def captions(args: argparse.Namespace) -> str:
         if not files.is_text(names[image]):
             raise ValueError(f"{args.instances}: image {image} has no file_name.")
     items = [Question(str(image), args.prompt, names[image]) for image in images]
-    sheet = _sheet(args, items, "chair", max_tokens=args.max_tokens)
+    sheet = _sheet(args, items, "chair", benchmark="chair", max_tokens=args.max_tokens)
     check_file("--output", Path(args.output) / "chair-objects.json")
     lines = _answers(args, {"chair": sheet})["chair"]
     texts = {int(line["id"]): line["answer"] for line in lines}
-    chair_figures = chair.score(texts, visible, vocabulary)
-    details = [
-        line | {"hallucinated": chair.hallucinated(vocabulary.objects(text), visible[image])}
-        for line, (image, text) in zip(lines, texts.items(), strict=True)
+    objects = [
+        chair.hallucinated(vocabulary.objects(text), visible[image])
+        for image, text in texts.items()
     ]
-    objects = json.dumps(details, indent=1, ensure_ascii=False) + "\n"
-    write_whole(Path(args.output) / "chair-objects.json", objects)
-    scores = {"synonyms": args.synonyms or tables.OWN, **asdict(chair_figures)}
-    table = f"{_lines(tables.chair(scores))}\nobjects by {scores['synonyms']}"
-    return _write_scores(args, scores, table)
-
-
-def hallusion(args: argparse.Namespace) -> str:
-    """Ask the questions of HallusionBench, and score the answers by every rule.
-
-    Raises:
-        ValueError: for a file name that is not text, or a file of another kind.
-    """
-    rows = files.read_rows(args.questions, _HALLUSION, _HALLUSION_FILE, args.limit)
-    items = []
-    for row in rows:
-        names = [str(row[n]) for n in hallusionbench.NEEDED[:-1]]
-        file = row.get("filename")
-        if file is not None and not files.is_text(file):
-            raise ValueError(f"{args.questions}: filename is {short_repr(file)}, not text.")
-        has_image = str(row.get("visual_input", "1")) != "0" and file
-        items.append(
-            Question("_".join(names), row["question"], file if has_image else None, dict(row))
-        )
-    for item in items:
-        item.facts.pop("question")
-    sheet = _sheet(args, items, "hallusionbench", max_tokens=16, suffix=args.suffix)
-    texts = _column(_answers(args, {"hallusionbench": sheet})["hallusionbench"], "answer")
-    scores = {
-        rule: asdict(hallusionbench.score(hallusionbench.correct(texts, rows, rule), rows))
-        for rule in yesno.RULES
-    }
-    return _write_scores(args, scores, _lines(tables.hallusionbench(scores)))
+    _write_objects(args, "chair", lines, objects)
+    found = asdict(chair.score(texts, visible, vocabulary))
+    # The folder of the synonyms is private.
+    synonyms = Path(args.synonyms).name if args.synonyms else chair.OWN
+    heads = {"chair_s": "CHAIR-s", "chair_i": "CHAIR-i"}
+    row = {heads.get(name, name): value for name, value in found.items()}
+    return _write_scores(args, {f"CHAIR, objects by {synonyms}": [row]})
 
 
 def handoff(args: argparse.Namespace) -> str:
@@ -164,6 +273,7 @@ def _sheet(
     items: Sequence[Question],
     name: str,
     *,
+    benchmark: str,
     max_tokens: int,
     suffix: str = "",
 ) -> Sheet:
@@ -178,6 +288,7 @@ def _sheet(
         max_tokens=max_tokens,
         suffix=suffix,
         pixels={name: getattr(args, name) for name in _PIXELS},
+        benchmark=benchmark,
     )
 
 
@@ -190,9 +301,11 @@ def _answers(
     names = ("batch_size", "dtype", "workers", *_PIXELS)
     options = {name: getattr(args, name) for name in names}
     engine = make_engine(f"transformers:{args.model}", **options)
+    part = _PART * args.batch_size
     try:
         answers = {
-            name: answer(engine, sheet, progress=not args.quiet) for name, sheet in sheets.items()
+            name: answer(engine, sheet, batch=part, progress=not args.quiet)
+            for name, sheet in sheets.items()
         }
     finally:
         engine.close()
@@ -203,25 +316,26 @@ def _answers(
     return answers
 
 
-def _column(lines: Sequence[dict[str, Any]], name: str) -> list[str]:
-    return [line[name] for line in lines]
+def _write_objects(
+    args: argparse.Namespace,
+    name: str,
+    lines: Sequence[Mapping[str, Any]],
+    objects: Sequence[list[str]],
+) -> None:
+    """Write the hallucinated objects of each caption, for `compare` and `gallery`."""
+    rows = [{**line, "hallucinated": found} for line, found in zip(lines, objects, strict=True)]
+    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    write_whole(Path(args.output) / f"{name}-objects.json", text)
 
 
-def _write_scores(args: argparse.Namespace, scores: dict[str, Any], table: str) -> str:
-    """Write the scores to the folder of the answers. Returns the table."""
+def _write_scores(args: argparse.Namespace, parts: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Write the scores to the folder of the answers. Returns their tables."""
     path = Path(args.output) / f"{args.command}.json"
+    scores = {"parts": parts}
     content = {"model": args.model, "scores": scores}
-    write_whole(path, json.dumps(content, indent=2) + "\n")
-    return f"{table}\nwrote {path}"
-
-
-def _lines(table: tables.Table) -> str:
-    widths = [max(map(len, column)) for column in zip(table.heads, *table.rows, strict=True)]
-    lines = [table.heads, ["-" * width for width in widths], *table.rows]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    shown = [f"{table.title}\n{tables.text(table)}" for table in tables.tables_of(scores)]
+    return "\n\n".join(shown) + f"\nwrote {path}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -279,22 +393,55 @@ def _parser() -> argparse.ArgumentParser:
         add("--limit", type=int, default=0, metavar="N", help="Questions to use. 0 uses all.")
         add("--quiet", action="store_true", help="Print no progress.")
 
-    def add_suffix(command: argparse.ArgumentParser) -> None:
+    def add_amber(command: argparse.ArgumentParser) -> None:
         command.add_argument(
-            "--suffix",
-            default=SHORT,
-            metavar="TEXT",
-            help="Text appended to every question. Default: a new line and "
-            f"'{SHORT.strip().replace('%', '%%')}'",
+            "--part",
+            choices=("all", "generative", "discriminative"),
+            default="all",
+            help="Part of the benchmark: captions, yes/no questions, or both.",
+        )
+        command.add_argument(
+            "--authors-words",
+            action="store_true",
+            help="Find nouns and similar words with the packages of the authors.",
+        )
+        command.add_argument(
+            "--caption-tokens",
+            type=int,
+            default=512,
+            metavar="N",
+            help="Maximum number of tokens in a caption.",
         )
 
     files = "\\\n    --model runs/llava/model --image-folder val2014 --output answers"
-    command = add("pope", pope, f"coco_pope_random.json {files}")
-    command.add_argument(
-        "questions", nargs="+", metavar="FILE", help="POPE file, such as coco_pope_random.json."
-    )
-    add_suffix(command)
-    add_model(command)
+    for name, asked in ASKED.items():
+        command = add(name, ask, f"{asked.example} {files}")
+        several = asked.several
+        command.add_argument(
+            "questions", nargs="+" if several else 1, metavar="FILE", help=asked.files
+        )
+        if name == "scienceqa":
+            command.add_argument(
+                "--split", default="test", metavar="NAME", help="Split of pid_splits.json."
+            )
+        if name == "amber":
+            add_amber(command)
+        shown = asked.suffix.strip().replace("\n", " ").replace("%", "%%")
+        command.add_argument(
+            "--suffix",
+            default=asked.suffix,
+            metavar="TEXT",
+            help="Text appended to every question. Default: "
+            + (f"a new line and '{shown}'" if shown else "none, since the file has it."),
+        )
+        command.add_argument(
+            "--max-tokens",
+            type=int,
+            default=asked.max_tokens,
+            metavar="N",
+            help="Maximum number of tokens in an answer.",
+        )
+        add_model(command)
     command = add(
         "chair",
         captions,
@@ -325,10 +472,6 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, metavar="N", help="Seed of the sample of images."
     )
     add_model(command)
-    command = add("hallusionbench", hallusion, f"HallusionBench.json {files}")
-    command.add_argument("questions", metavar="FILE", help="HallusionBench.json.")
-    add_suffix(command)
-    add_model(command)
     compare.add_parser(add)
     command = add("handoff", handoff, "\\\n    --model runs/llava/model --output llava-merged")
     command.add_argument(
@@ -343,9 +486,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 COMMANDS = {
-    "pope": "POPE: yes/no questions about objects, scored by three rules",
+    **{name: asked.summary for name, asked in ASKED.items()},
     "chair": "CHAIR: objects in captions that are not in the image",
-    "hallusionbench": "HallusionBench, scored by rules instead of GPT-4",
     "compare": "Compare two models by McNemar's test and a bootstrap",
     "handoff": "Write a merged folder for lmms-eval and VLMEvalKit",
 }

@@ -84,17 +84,42 @@ def read_rows(
         why = shorten(str(error))
         raise ValueError(f"{file} is neither JSON nor JSON lines ({why}). {remedy}") from None
     for number, item in enumerate(items, 1):
-        place = f"question {number} of {file}"
-        if not isinstance(item, dict):
-            raise ValueError(f"{place} is {short_repr(item)}, not an object. {remedy}")
-        if missing := [name for name in fields if name not in item]:
-            raise ValueError(f"{place} has no {', '.join(missing)}. {remedy}")
-        for name, (is_good, kind) in fields.items():
-            if not is_good(item[name]):
-                raise ValueError(f"{place}: {name} is {short_repr(item[name])}; it must be {kind}.")
+        check_row(item, fields, f"question {number} of {file}", remedy)
     if not items:
         raise ValueError(f"{file} holds no questions. {remedy}")
     return items[:limit] if limit else items
+
+
+def read_object(file: str | Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: for a file of another kind.
+    """
+    text = read_text(file)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
+        raise ValueError(f"{file} is not JSON ({shorten(str(error))}). {remedy}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {short_repr(content)}, not an object. {remedy}")
+    return content
+
+
+def check_row(item: Any, fields: Mapping[str, Field], place: str, remedy: str) -> None:
+    """Check that an object of a file has the required fields.
+
+    Raises:
+        ValueError: for another value, or a missing or invalid field.
+    """
+    if not isinstance(item, dict):
+        raise ValueError(f"{place} is {short_repr(item)}, not an object. {remedy}")
+    if missing := [name for name in fields if name not in item]:
+        raise ValueError(f"{place} has no {', '.join(missing)}. {remedy}")
+    for name, (is_good, kind) in fields.items():
+        if not is_good(item[name]):
+            raise ValueError(f"{place}: {name} is {short_repr(item[name])}; it must be {kind}.")
 
 
 def read_instances(file: str | Path) -> dict[str, list[dict[str, Any]]]:
@@ -155,13 +180,9 @@ def read_synonyms(file: str | Path) -> list[list[str]]:
 def _coco(
     file: str | Path, schema: Mapping[str, Mapping[str, Callable[[Any], bool]]], remedy: str
 ) -> dict[str, list[dict[str, Any]]]:
-    text = read_text(file)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
-        raise ValueError(f"{file} is not JSON ({shorten(str(error))}). {remedy}") from None
+    content = read_object(file, remedy)
     for name, fields in schema.items():
-        items = content.get(name) if isinstance(content, dict) else None
+        items = content.get(name)
         if not isinstance(items, list):
             raise ValueError(f"{file} has no list `{name}`. {remedy}")
         for item in items:

@@ -2,6 +2,9 @@
 
 Each question has a category (VD: visual dependent, VS: visual supplement), a subcategory, a set, a
 figure and a question number. A *question pair* is the same question about the figures of a set.
+
+On the leaderboard, GPT-4 compares an answer with a reference text. A rule of `yesno.RULES` needs no
+model, but its figures cannot be compared with the leaderboard.
 """
 
 from __future__ import annotations
@@ -9,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from realign.evaluate.yesno import RULES
 
 NEEDED = ("category", "subcategory", "set_id", "figure_id", "question_id", "gt_answer")
 
@@ -32,24 +33,6 @@ class Hallusion:
     easy: float
     hard: float
     question: float
-
-
-def correct(answers: Sequence[str], rows: Sequence[Mapping[str, Any]], rule: str) -> list[bool]:
-    """Whether each answer is right: yes if `gt_answer` is 1, and no if it is 0.
-
-    On the leaderboard, GPT-4 compares an answer with a reference text. A rule of `yesno.RULES`
-    needs no model, but its figures cannot be compared with the leaderboard.
-
-    Raises:
-        ValueError: for a row without a needed field, or a wrong number of answers.
-    """
-    if len(answers) != len(rows):
-        raise ValueError(f"there are {len(answers)} answers to {len(rows)} questions.")
-    for row in rows:
-        if missing := [name for name in NEEDED if name not in row]:
-            raise ValueError(f"a question has no {', '.join(missing)}. Give HallusionBench.json.")
-    labels = ["yes" if str(row["gt_answer"]) == "1" else "no" for row in rows]
-    return [RULES[rule](a) == label for a, label in zip(answers, labels, strict=True)]
 
 
 def score(right: Sequence[bool], rows: Sequence[Mapping[str, Any]]) -> Hallusion:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-from realign.evaluate.chair import Chair
-from realign.evaluate.hallusionbench import Hallusion
-from realign.evaluate.yesno import YesNo
-
-OWN = "Re-Align's own list of synonyms, not that of published figures"
 
 
 class Table(NamedTuple):
     """Figures of a benchmark.
 
     Attributes:
-        title: name of the benchmark and rule; empty if the heads are enough.
+        title: name of the benchmark; empty if the heads are enough.
         heads: heads of the columns.
         rows: rows with one cell per column.
     """
@@ -28,49 +20,41 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
-def pope(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """Table of POPE from file -> rule -> fields of `YesNo`."""
-    rows = []
-    for file, rules in scores.items():
-        for f in (YesNo(**figures) for figures in rules.values()):
-            shares = (f.accuracy, f.f1, f.precision, f.recall, f.yes_rate, f.unread)
-            rows.append((file, f.rule, str(f.questions), *map(_percent, shares)))
-    heads = ("file", "rule", "questions", "accuracy", "F1", "precision", "recall", "yes", "neither")
-    return Table("POPE, by each rule for reading yes and no", heads, rows)
+def grouped(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Table of figures with the same keys.
+
+    Args:
+        title: title of the table.
+        rows: texts, whole numbers and shares in [0, 1] by the head of their column. `score` is in
+            points. None is an empty cell.
+    """
+    heads = tuple(rows[0])
+
+    def cell(name: str, value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.2f}" if name == "score" else f"{100 * value:.2f} %"
+        return "" if value is None else str(value)
+
+    return Table(title, heads, [tuple(cell(name, row[name]) for name in heads) for row in rows])
 
 
-def chair(scores: Mapping[str, Any]) -> Table:
-    """Table of CHAIR from the fields of `Chair` and `synonyms`, a file or `OWN`."""
-    f = Chair(**{name: value for name, value in scores.items() if name != "synonyms"})
-    shares = map(_percent, (f.chair_s, f.chair_i, f.recall))
-    heads = ("captions", "mentions", "CHAIR-s", "CHAIR-i", "recall")
-    title = (
-        f"CHAIR, objects by {Path(scores['synonyms']).name}"  # without the folder, which is private
-    )
-    return Table(title, heads, [(str(f.captions), str(f.mentions), *shares)])
-
-
-def hallusionbench(scores: Mapping[str, Mapping[str, float]]) -> Table:
-    """Table of HallusionBench from rule -> fields of `Hallusion`."""
-    rows = [
-        (rule, *map(_percent, asdict(Hallusion(**figures)).values()))
-        for rule, figures in scores.items()
-    ]
-    heads = ("rule", "question pair", "figure", "easy", "hard", "all questions")
-    return Table("HallusionBench, scored by rules instead of the leaderboard's judge", heads, rows)
-
-
-def table_of(scores: Mapping[str, Any]) -> Table:
-    """The table of the "scores" in pope.json, chair.json or hallusionbench.json.
+def tables_of(scores: Mapping[str, Any]) -> list[Table]:
+    """The tables of the "scores" in the JSON file of a benchmark, such as pope.json.
 
     Raises:
-        TypeError: for unknown fields of the figures.
+        KeyError, TypeError, AttributeError: for other content.
     """
-    if "chair_s" in scores:
-        return chair(scores)
-    if all("question_pair" in figures for figures in scores.values()):
-        return hallusionbench(scores)
-    return pope(scores)
+    return [grouped(title, rows) for title, rows in scores["parts"].items()]
+
+
+def text(table: Table) -> str:
+    """The table for a terminal, without its title."""
+    widths = [max(map(len, column)) for column in zip(table.heads, *table.rows, strict=True)]
+    lines = [table.heads, ["-" * width for width in widths], *table.rows]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def markdown(table: Table) -> str:
@@ -78,7 +62,3 @@ def markdown(table: Table) -> str:
     lines = [table.heads, ["---"] * len(table.heads), *table.rows]
     shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table.title}:\n\n{shown}" if table.title else shown
-
-
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.2f} %"

@@ -8,19 +8,18 @@ each figure is labelled with its rule:
 - `exact` is the rule of lmms-eval. The complete answer must be yes or no. Other answers are wrong.
 - `word` is the rule of VLMEvalKit, without its judge. The answer is yes if it has the word "yes",
   but not "no", and no in the opposite case. Other answers are wrong and do not count as yes. White
-  space separates words after some marks are removed (`_word`). The marks "*", ":" and "'" are kept,
-  so "*No*" is neither.
+  space separates words after some marks are removed (`vqa.strip_marks`). The marks "*", ":" and "'"
+  are kept, so "*No*" is neither.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_MARKS = ';/[]"{}()=+\\_-><@`,?!'  # of rule `word`
+from realign.evaluate.vqa import strip_marks
 
 
 def _pope(answer: str) -> str:
@@ -34,16 +33,8 @@ def _exact(answer: str) -> str | None:
 
 
 def _word(answer: str) -> str | None:
-    """Rule `word`: remove marks or replace them by spaces, then look for the words yes and no.
-
-    A mark that is next to a space somewhere is removed. Any other mark becomes a space. If a number
-    has a comma, all marks are removed. The first 32 periods without a following digit are removed.
-    """
-    text = answer.lower()
-    number = re.search(r"\d,\d", text)
-    replaced = {m: "" if number or f"{m} " in text or f" {m}" in text else " " for m in _MARKS}
-    words = re.sub(r"\.(?!\d)", "", text.translate(str.maketrans(replaced)), count=32).split()
-    verdicts = {"yes", "no"} & set(words)
+    """Rule `word`: strip the marks as in VQA accuracy, then look for the words yes and no."""
+    verdicts = {"yes", "no"} & set(strip_marks(answer.lower()).split())
     return verdicts.pop() if len(verdicts) == 1 else None
 
 
@@ -111,12 +102,6 @@ def score(answers: Sequence[str], labels: Sequence[str], rule: str) -> YesNo:
         yes_rate=float(yes.mean()),
         unread=float((verdicts == "").mean()),
     )
-
-
-def right(answers: Sequence[str], labels: Sequence[str], rule: str) -> np.ndarray:
-    """Whether each answer is right, (questions,) bool, for a paired comparison."""
-    read = RULES[rule]
-    return np.array([read(a) == _label(b) for a, b in zip(answers, labels, strict=True)])
 
 
 def _label(label: str) -> str:

@@ -1,0 +1,388 @@
+"""Questions of each benchmark, from its own files.
+
+Every function here takes `Source` and returns the questions of each answers file. The facts of a
+question are all that its rules need: its label, options or people's answers, its groups for the
+table, and its unit and cluster for comparisons (`benchmarks`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from realign.data.errors import short_repr
+from realign.evaluate import files, hallusionbench
+from realign.evaluate.amber import read_annotations
+from realign.evaluate.answering import Question
+from realign.evaluate.files import KEY, TEXT
+from realign.evaluate.rows import IMAGE, read_table
+
+Sheets = dict[str, list[Question]]
+"""Name of an answers file -> its questions."""
+
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+"""Suffix of a multiple-choice question in LLaVA and lmms-eval."""
+_ROTATIONS = 1_000_000
+"""MMBench's rotations of a question have its index plus a multiple of this."""
+_YES_NO = (lambda value: str(value).strip().lower() in ("yes", "no"), "yes or no")
+_POPE = {"question_id": KEY, "text": TEXT, IMAGE: TEXT, "label": _YES_NO}
+_HALLUSION = {"question": TEXT} | dict.fromkeys(hallusionbench.NEEDED, KEY)
+_HALLUSION["gt_answer"] = (lambda value: str(value) in ("0", "1"), "0 or 1")
+_INLINE = re.compile(r"Options:\s*A: (.*?),? B: (.*?),? C: (.*?),? D: (.*?)\.?\s*$", re.DOTALL)
+_LINES = re.compile(r"^([A-H])\. (.+)$", re.MULTILINE)
+_BRACKETS = re.compile(r"\(([a-z])\)\s*([^(]+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the command line gives for a benchmark.
+
+    Attributes:
+        paths: files, or the folder of a benchmark.
+        images: image folder. Images inside a table are written to it.
+        limit: number of questions to use from each file; 0 uses all.
+        split: split of ScienceQA.
+        part: part of AMBER.
+    """
+
+    paths: Sequence[str]
+    images: str
+    limit: int = 0
+    split: str = "test"
+    part: str = "all"
+
+
+def pope(source: Source) -> Sheets:
+    """POPE's JSON lines. Each file has its own answers file.
+
+    Raises:
+        ValueError: for two files of the same name, whose answers would share a file.
+    """
+    sheets: Sheets = {}
+    for file in source.paths:
+        if (name := Path(file).stem) in sheets:
+            raise ValueError(
+                f"two files are called {name}, so their answers would share one file. Rename one."
+            )
+        remedy = "Give a file of POPE, such as coco_pope_random.json."
+        sheets[name] = [
+            Question(
+                str(row["question_id"]), row["text"], row[IMAGE], {"label": _lower(row, "label")}
+            )
+            for row in files.read_rows(file, _POPE, remedy, source.limit)
+        ]
+    return sheets
+
+
+def hallusion(source: Source) -> Sheets:
+    """HallusionBench.json. Some questions have no image."""
+    questions = []
+    (path,) = source.paths
+    for row in files.read_rows(path, _HALLUSION, "Give HallusionBench.json.", source.limit):
+        file = row.get("filename")
+        if file is not None and not files.is_text(file):
+            raise ValueError(f"{path}: filename is {short_repr(file)}, not text.")
+        has_image = str(row.get("visual_input", "1")) != "0" and file
+        name = "_".join(str(row[field]) for field in hallusionbench.NEEDED[:-1])
+        facts = {key: value for key, value in row.items() if key != "question"}
+        facts["label"] = "yes" if str(row["gt_answer"]) == "1" else "no"
+        questions.append(Question(name, row["question"], file if has_image else None, facts))
+    return {"hallusionbench": questions}
+
+
+def mme(source: Source) -> Sheets:
+    """MME: the authors' folder with a folder for each subtask, or one table."""
+    remedy = "Give the folder of MME's release, or its Parquet or TSV files."
+    if len(source.paths) == 1 and Path(source.paths[0]).is_dir():
+        questions = _mme_folder(Path(source.paths[0]), remedy)
+        return {"mme": questions[: source.limit] if source.limit else questions}
+    fields = {"question": TEXT, "answer": _YES_NO, "category": TEXT}
+    questions = []
+    for number, row in enumerate(_table(source, fields, remedy)):
+        pair = str(row.get("question_id") or row.get("image_path") or row[IMAGE])
+        facts = {"label": _lower(row, "answer"), "category": row["category"], "pair": pair}
+        questions.append(Question(str(number), row["question"], row[IMAGE], facts))
+    return {"mme": questions}
+
+
+def _mme_folder(folder: Path, remedy: str) -> list[Question]:
+    questions = []
+    for file in sorted(folder.glob("*/questions_answers_YN/*.txt")) + sorted(
+        folder.glob("*/*.txt")
+    ):
+        category = file.relative_to(folder).parts[0]
+        inside = "images" if file.parent.name == "questions_answers_YN" else ""
+        images = folder / category / inside
+        found = [p for p in images.glob(f"{_escaped(file.stem)}.*") if p.suffix != ".txt"]
+        if len(found) != 1:
+            raise ValueError(f"{file} has {len(found)} images in {images}, not one. {remedy}")
+        for number, text in enumerate(files.read_text(file).splitlines()):
+            question, _, label = text.rpartition("\t")
+            if not question or not _YES_NO[0](label):
+                raise ValueError(f"{file}: line {number + 1} has no question and answer. {remedy}")
+            pair = f"{category}/{file.stem}"
+            facts = {"label": label.strip().lower(), "category": category, "pair": pair}
+            image = str(found[0].relative_to(folder))
+            questions.append(Question(f"{pair}/{number}", question, image, facts))
+    if not questions:
+        raise ValueError(f"{folder} has no questions. {remedy}")
+    return questions
+
+
+def mmstar(source: Source) -> Sheets:
+    """MMStar: the Hub's Parquet file, with options in the question, or VLMEvalKit's TSV."""
+    rows = _table(source, {"question": TEXT, "answer": KEY}, "Give mmstar.parquet or MMStar.tsv.")
+    questions = []
+    for number, row in enumerate(rows):
+        options = _options(row)
+        text = _with_options(row, options) if options else row["question"]
+        if not options and (inline := _INLINE.search(text)):
+            options = dict(zip("ABCD", inline.groups(), strict=True))
+        options = options or dict.fromkeys("ABCD", "")
+        questions.append(_choice(row, number, text, options, [row.get("category")]))
+    return {"mmstar": questions}
+
+
+def mmbench(source: Source) -> Sheets:
+    """MMBench's dev split as TSV or Parquet. The rotations of a question are one unit."""
+    remedy = "Give the dev split, such as MMBench_DEV_EN.tsv. The test split has no answers."
+    fields = {"index": KEY, "question": TEXT, "answer": KEY, "A": KEY, "B": KEY}
+    questions = []
+    for number, row in enumerate(_table(source, fields, remedy)):
+        if not str(row["index"]).isdigit():
+            raise ValueError(f"row {number + 1}: index is {row['index']!r}; it must be a number.")
+        options = _options(row)
+        groups = [row.get("l2_category"), row.get("category")]
+        question = _choice(row, number, _with_options(row, options), options, groups)
+        question.facts["unit"] = str(int(row["index"]) % _ROTATIONS)
+        questions.append(question)
+    return {"mmbench": questions}
+
+
+def realworldqa(source: Source) -> Sheets:
+    """RealWorldQA: annotations.jsonl of its authors, the Hub's Parquet file, or a TSV.
+
+    The authors' questions contain their options and how to answer. Those of a TSV get both.
+    """
+    remedy = "Give annotations.jsonl, the Parquet file, or RealWorldQA.tsv."
+    questions = []
+    for number, row in enumerate(_table(source, {"question": TEXT, "answer": KEY}, remedy)):
+        options = _options(row)
+        text = _with_options(row, options) + LETTER if options else row["question"]
+        options = options or dict(_LINES.findall(text))
+        if str(row["answer"]).strip() in options:
+            questions.append(_choice(row, number, text, options, []))
+        else:
+            facts = {"label": str(row["answer"]).strip()}
+            questions.append(Question(_key(row, number), text, row[IMAGE], facts))
+    return {"realworldqa": questions}
+
+
+def mmvp(source: Source) -> Sheets:
+    """MMVP: Questions.csv of its authors, with images 1.jpg to 300.jpg, or the Hub's table."""
+    remedy = "Give Questions.csv."
+    fields = {"question": TEXT, "options": TEXT, "correct_answer": TEXT}
+    questions = []
+    for number, row in enumerate(_table(source, fields, remedy)):
+        options = {mark.upper(): text.strip() for mark, text in _BRACKETS.findall(row["options"])}
+        if row.get(IMAGE) is None:
+            row[IMAGE] = f"{_key(row, number + 1)}.jpg"
+        row["answer"] = row["correct_answer"].strip("() ").upper()
+        question = _choice(row, number, _with_options(row, options), options, [])
+        question.facts["pair"] = str(number // 2)
+        questions.append(question)
+    return {"mmvp": questions}
+
+
+def scienceqa(source: Source) -> Sheets:
+    """ScienceQA: problems.json, with pid_splits.json beside it, or the Hub's Parquet files."""
+    remedy = "Give problems.json, with pid_splits.json beside it, or the Parquet files."
+    if Path(source.paths[0]).suffix == ".json":
+        rows = _problems(Path(source.paths[0]), source.split, remedy)
+        rows = rows[: source.limit] if source.limit else rows
+    else:
+        rows = _table(source, {"question": TEXT, "answer": KEY}, remedy)
+    questions = []
+    for number, row in enumerate(rows):
+        choices = row.get("choices")
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(ascii_uppercase):
+            raise ValueError(
+                f"question {_key(row, number)}: choices is {short_repr(choices)}. {remedy}"
+            )
+        if not str(row["answer"]).isdigit() or int(row["answer"]) >= len(choices):
+            raise ValueError(
+                f"question {_key(row, number)}: answer is {row['answer']!r}, not a choice."
+            )
+        options = dict(zip(ascii_uppercase, map(str, choices), strict=False))
+        row["answer"] = ascii_uppercase[int(row["answer"])]
+        text = _with_options(row, options)
+        questions.append(_choice(row, number, text, options, _science_groups(row)))
+    return {"scienceqa": questions}
+
+
+def _problems(file: Path, split: str, remedy: str) -> list[dict[str, Any]]:
+    problems = files.read_object(file, remedy)
+    splits = files.read_object(file.with_name("pid_splits.json"), remedy)
+    if not isinstance(splits.get(split), list) or not splits[split]:
+        raise ValueError(f"pid_splits.json has no split {split!r}. It has {', '.join(splits)}.")
+    rows = []
+    for name in map(str, splits[split]):
+        if not isinstance(row := problems.get(name), dict):
+            raise ValueError(f"{file} has no problem {name}, but pid_splits.json has it. {remedy}")
+        files.check_row(row, {"question": TEXT, "answer": KEY}, f"problem {name} of {file}", remedy)
+        folder = row.get("split", split)
+        rows.append(
+            row | {"index": name, IMAGE: row.get(IMAGE) and f"{folder}/{name}/{row[IMAGE]}"}
+        )
+    return rows
+
+
+def _science_groups(row: Mapping[str, Any]) -> list[str | None]:
+    """Groups of ScienceQA's leaderboard."""
+    subject = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+    grade = re.search(r"\d+", str(row.get("grade") or ""))
+    return [
+        subject.get(str(row.get("subject"))),
+        "TXT" if row.get("hint") else None,
+        "IMG" if row[IMAGE] else None,
+        None if row.get("hint") or row[IMAGE] else "NO",
+        grade and ("G1-6" if int(grade[0]) <= 6 else "G7-12"),
+    ]
+
+
+def textvqa(source: Source) -> Sheets:
+    """TextVQA: TextVQA_0.5.1_val.json, with images named by `image_id`, or the Hub's table."""
+    remedy = "Give the val split, such as TextVQA_0.5.1_val.json. The test split has no answers."
+    fields = {"question": TEXT, "question_id": KEY, "answers": _ANSWERS}
+    path = Path(source.paths[0])
+    if path.suffix == ".json":
+        rows = files.read_object(path, remedy).get("data")
+        if not isinstance(rows, list) or not rows:
+            raise ValueError(f"{path} has no list `data`. {remedy}")
+        rows = rows[: source.limit] if source.limit else rows
+        for number, row in enumerate(rows, 1):
+            files.check_row(row, fields | {"image_id": KEY}, f"question {number} of {path}", remedy)
+        rows = [row | {IMAGE: f"{row['image_id']}.jpg"} for row in rows]
+    else:
+        rows = _table(source, fields, remedy)
+    return {"textvqa": [_open(row, str(row["question_id"]), []) for row in rows]}
+
+
+def vizwiz(source: Source) -> Sheets:
+    """VizWiz: val.json of its authors, or the Hub's Parquet files."""
+    remedy = "Give the val split, such as val.json. The test split has no answers."
+    rows = _table(source, {"question": TEXT, "answers": _ANSWERS}, remedy)
+    named = [str(row.get("question_id") or row[IMAGE]) for row in rows]
+    groups = ("answer_type", "category")
+    return {
+        "vizwiz": [
+            _open(row, name, [row.get(group) for group in groups])
+            for row, name in zip(rows, named, strict=True)
+        ]
+    }
+
+
+def amber(source: Source) -> Sheets:
+    """AMBER's folder `data`: captions and yes/no questions, with the annotations of both."""
+    (folder,) = map(Path, source.paths)
+    notes = read_annotations(folder / "annotations.json")
+    remedy = "Give the folder `data` of AMBER's repository."
+    parts = ("generative", "discriminative")
+    sheets: Sheets = {}
+    for part in parts if source.part == "all" else [source.part]:
+        file = folder / "query" / f"query_{part}.json"
+        fields = {"id": (lambda v: type(v) is int, "a number"), "query": TEXT, IMAGE: TEXT}
+        questions = []
+        for row in files.read_rows(file, fields, remedy, source.limit):
+            note = notes.get(row["id"])
+            if note is None or (note["type"] == "generative") != (part == "generative"):
+                raise ValueError(f"{file}: question {row['id']} has no {part} annotation. {remedy}")
+            facts = _amber_facts(note)
+            questions.append(Question(str(row["id"]), row["query"], row[IMAGE], facts))
+        sheets[f"amber-{part}"] = questions
+    return sheets
+
+
+def _amber_facts(note: Mapping[str, Any]) -> dict[str, Any]:
+    if note["type"] == "generative":
+        return {"truth": note["truth"], "hallu": note["hallu"]}
+    group = note["type"].removeprefix("discriminative-")
+    names = {"hallucination": ["existence"], "relation": ["relation"]}
+    groups = names.get(group, ["attribute", group.removeprefix("attribute-")])
+    return {"label": note["truth"], "groups": groups}
+
+
+def _is_answers(value: Any) -> bool:
+    people = [_person(person) for person in value] if isinstance(value, list) else []
+    return len(people) >= 2 and all(isinstance(person, str) for person in people)
+
+
+_ANSWERS = (_is_answers, "the answers of at least two people")
+
+
+def _person(answer: Any) -> Any:
+    return answer.get("answer") if isinstance(answer, dict) else answer
+
+
+def _open(row: Mapping[str, Any], name: str, groups: Sequence[str | None]) -> Question:
+    facts = {"answers": [_person(answer) for answer in row["answers"]], "groups": _present(groups)}
+    return Question(name, row["question"], row[IMAGE], facts)
+
+
+def _table(source: Source, fields: Mapping[str, files.Field], remedy: str) -> list[dict[str, Any]]:
+    return read_table(source.paths, source.images, fields, remedy, source.limit)
+
+
+def _choice(
+    row: Mapping[str, Any],
+    number: int,
+    text: str,
+    options: Mapping[str, str],
+    groups: Sequence[str | None],
+) -> Question:
+    """A multiple-choice question.
+
+    Raises:
+        ValueError: if the answer is none of the options.
+    """
+    label = str(row["answer"]).strip()
+    if label not in options:
+        raise ValueError(
+            f"question {_key(row, number)}: its answer is {short_repr(label)}, but its options are "
+            f"{', '.join(options) or 'missing'}. Check the file."
+        )
+    facts = {"label": label, "options": dict(options), "groups": _present(groups)}
+    return Question(_key(row, number), text, row[IMAGE], facts)
+
+
+def _key(row: Mapping[str, Any], number: int) -> str:
+    found = (row[name] for name in ("index", "question_id", "id") if row.get(name) is not None)
+    return str(next(found, number))
+
+
+def _options(row: Mapping[str, Any]) -> dict[str, str]:
+    """Options in columns A, B, ... The Hub's tables have "nan" for a missing one."""
+    cells = ((letter, row.get(letter)) for letter in ascii_uppercase)
+    return {letter: str(cell) for letter, cell in cells if cell not in (None, "", "nan")}
+
+
+def _with_options(row: Mapping[str, Any], options: Mapping[str, str]) -> str:
+    hint = row.get("hint")
+    lines = [] if hint in (None, "", "nan") else [str(hint)]
+    return "\n".join([*lines, row["question"], *(f"{k}. {text}" for k, text in options.items())])
+
+
+def _present(groups: Sequence[str | None]) -> list[str]:
+    return [str(group) for group in groups if group]
+
+
+def _lower(row: Mapping[str, Any], name: str) -> str:
+    return str(row[name]).strip().lower()
+
+
+def _escaped(stem: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", stem)
