@@ -1,9 +1,9 @@
 """AMBER (arXiv 2311.07397): hallucination in captions by word lists, and in yes/no questions.
 
-A caption's nouns that are in the benchmark's list of objects are compared with the objects of its
-image, and with objects that models often imagine in it:
+The benchmark lists the objects of each image, and objects that models often imagine in it. Both are
+compared with the nouns of a caption that are names of objects:
 
-- CHAIR is the share of such nouns that the image does not show,
+- CHAIR is the share of these nouns that the image does not show,
 - Cover is the share of the shown objects that are mentioned,
 - Hal is the share of captions with at least one noun that the image does not show,
 - Cog is the share of the often imagined objects that are mentioned.

@@ -290,7 +290,8 @@ def _check(file: Path, line: dict[str, Any], name: str) -> None:
     """Check a line, and add the label of an answer to HallusionBench of an earlier version."""
     if "gt_answer" in line:
         line.setdefault("label", "yes" if str(line["gt_answer"]) == "1" else "no")
-    if missing := sorted({"question", "image", *BENCHMARKS[name].facts} - line.keys()):
+    needed = ("question", "image", *BENCHMARKS[name].facts)
+    if missing := [field for field in needed if field not in line]:
         raise ValueError(f"{file}: answer {line['id']!r} has no {', '.join(missing)}.")
     if not is_text(line["question"]) or not isinstance(line["image"], str | None):
         raise ValueError(f"{file}: question or image of answer {line['id']!r} is no text.")

@@ -4,8 +4,8 @@ Each image has two questions, one with the answer yes and one with no. The score
 accuracy in percent, plus the percentage of images whose questions are both answered right (acc+).
 Perception and cognition are the sums of their subtasks, at most 2,000 and 800.
 
-Rule `authors` is the rule of the benchmark's authors: an answer is yes or no if it is this word, or
-if its first four letters contain it, in this order. So "Now" is no. Rule `word` is VLMEvalKit's.
+Rule `authors` is the rule of the benchmark's authors. An answer is yes if its first four letters
+contain "yes", and no if they contain "no", so "Now" is no. Rule `word` is VLMEvalKit's.
 """
 
 from __future__ import annotations

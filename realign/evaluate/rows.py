@@ -1,7 +1,7 @@
 """Rows of a benchmark's file: Parquet, TSV, CSV, JSON or JSON lines, with their images.
 
-The images inside a Parquet or TSV file are written to the image folder, under a digest of their
-bytes, so that a second run finds them. A row then names its image file, as a row of JSON does.
+The images inside a Parquet or TSV file are written to the image folder. Their names are digests of
+their bytes, so a second run finds them. A row then names its image file, as a row of JSON does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Questions of each benchmark, from its own files.
 
-Every function here takes `Source` and returns the questions of each answers file. The facts of a
-question are all that its rules need: its label, options or people's answers, its groups for the
-table, and its unit and cluster for comparisons (`benchmarks`).
+Every function takes a `Source` and returns the questions of each answers file. The facts of a
+question are all that its rules need, such as its label, its options, or the answers of people. They
+also have its groups for the table, and its unit for comparisons (`benchmarks`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def pope(source: Source) -> Sheets:
     """POPE's JSON lines. Each file has its own answers file.
 
     Raises:
-        ValueError: for two files of the same name, whose answers would share a file.
+        FileNotFoundError: if a file does not exist.
+        ValueError: for two files of the same name, whose answers would share a file, or a file of
+            another kind.
     """
     sheets: Sheets = {}
     for file in source.paths:
@@ -79,7 +81,12 @@ def pope(source: Source) -> Sheets:
 
 
 def hallusion(source: Source) -> Sheets:
-    """HallusionBench.json. Some questions have no image."""
+    """HallusionBench.json. Some questions have no image.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind.
+    """
     questions = []
     (path,) = source.paths
     for row in files.read_rows(path, _HALLUSION, "Give HallusionBench.json.", source.limit):
@@ -95,7 +102,12 @@ def hallusion(source: Source) -> Sheets:
 
 
 def mme(source: Source) -> Sheets:
-    """MME: the authors' folder with a folder for each subtask, or one table."""
+    """MME: the authors' folder with a folder for each subtask, or one table.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind.
+    """
     remedy = "Give the folder of MME's release, or its Parquet or TSV files."
     if len(source.paths) == 1 and Path(source.paths[0]).is_dir():
         questions = _mme_folder(Path(source.paths[0]), remedy)
@@ -134,7 +146,12 @@ def _mme_folder(folder: Path, remedy: str) -> list[Question]:
 
 
 def mmstar(source: Source) -> Sheets:
-    """MMStar: the Hub's Parquet file, with options in the question, or VLMEvalKit's TSV."""
+    """MMStar: the Hub's Parquet file, with options in the question, or VLMEvalKit's TSV.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind.
+    """
     rows = _table(source, {"question": TEXT, "answer": KEY}, "Give mmstar.parquet or MMStar.tsv.")
     questions = []
     for number, row in enumerate(rows):
@@ -148,7 +165,12 @@ def mmstar(source: Source) -> Sheets:
 
 
 def mmbench(source: Source) -> Sheets:
-    """MMBench's dev split as TSV or Parquet. The rotations of a question are one unit."""
+    """MMBench's dev split as TSV or Parquet. The rotations of a question are one unit.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind.
+    """
     remedy = "Give the dev split, such as MMBench_DEV_EN.tsv. The test split has no answers."
     fields = {"index": KEY, "question": TEXT, "answer": KEY, "A": KEY, "B": KEY}
     questions = []
@@ -167,6 +189,10 @@ def realworldqa(source: Source) -> Sheets:
     """RealWorldQA: annotations.jsonl of its authors, the Hub's Parquet file, or a TSV.
 
     The authors' questions contain their options and how to answer. Those of a TSV get both.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind.
     """
     remedy = "Give annotations.jsonl, the Parquet file, or RealWorldQA.tsv."
     questions = []
@@ -183,7 +209,12 @@ def realworldqa(source: Source) -> Sheets:
 
 
 def mmvp(source: Source) -> Sheets:
-    """MMVP: Questions.csv of its authors, with images 1.jpg to 300.jpg, or the Hub's table."""
+    """MMVP: Questions.csv of its authors, with images 1.jpg to 300.jpg, or the Hub's table.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind.
+    """
     remedy = "Give Questions.csv."
     fields = {"question": TEXT, "options": TEXT, "correct_answer": TEXT}
     questions = []
@@ -199,7 +230,12 @@ def mmvp(source: Source) -> Sheets:
 
 
 def scienceqa(source: Source) -> Sheets:
-    """ScienceQA: problems.json, with pid_splits.json beside it, or the Hub's Parquet files."""
+    """ScienceQA: problems.json, with pid_splits.json beside it, or the Hub's Parquet files.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind.
+    """
     remedy = "Give problems.json, with pid_splits.json beside it, or the Parquet files."
     if Path(source.paths[0]).suffix == ".json":
         rows = _problems(Path(source.paths[0]), source.split, remedy)
@@ -255,7 +291,12 @@ def _science_groups(row: Mapping[str, Any]) -> list[str | None]:
 
 
 def textvqa(source: Source) -> Sheets:
-    """TextVQA: TextVQA_0.5.1_val.json, with images named by `image_id`, or the Hub's table."""
+    """TextVQA: TextVQA_0.5.1_val.json, with images named by `image_id`, or the Hub's table.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind.
+    """
     remedy = "Give the val split, such as TextVQA_0.5.1_val.json. The test split has no answers."
     fields = {"question": TEXT, "question_id": KEY, "answers": _ANSWERS}
     path = Path(source.paths[0])
@@ -273,7 +314,12 @@ def textvqa(source: Source) -> Sheets:
 
 
 def vizwiz(source: Source) -> Sheets:
-    """VizWiz: val.json of its authors, or the Hub's Parquet files."""
+    """VizWiz: val.json of its authors, or the Hub's Parquet files.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind.
+    """
     remedy = "Give the val split, such as val.json. The test split has no answers."
     rows = _table(source, {"question": TEXT, "answers": _ANSWERS}, remedy)
     named = [str(row.get("question_id") or row[IMAGE]) for row in rows]
@@ -287,7 +333,12 @@ def vizwiz(source: Source) -> Sheets:
 
 
 def amber(source: Source) -> Sheets:
-    """AMBER's folder `data`: captions and yes/no questions, with the annotations of both."""
+    """AMBER's folder `data`: captions and yes/no questions, with the annotations of both.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file of another kind.
+    """
     (folder,) = map(Path, source.paths)
     notes = read_annotations(folder / "annotations.json")
     remedy = "Give the folder `data` of AMBER's repository."

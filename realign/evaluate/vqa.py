@@ -14,26 +14,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
-_FULL = """
-'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
-hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
-might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've
-should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
-someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're
-what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
-why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're
-you've
-"""
+_CONTRACTIONS = Path(__file__).with_name("contractions.txt").read_text().split()
 _APOSTROPHES = (
     {  # a contraction that lacks one of its apostrophes -> the contraction
         word[: mark.start()] + word[mark.end() :]: word
-        for word in _FULL.split()
+        for word in _CONTRACTIONS
         for mark in re.finditer("'", word)
     }
     | {"somebody'd": "somebodyd"}

@@ -160,7 +160,7 @@ COCO = '{"annotations": [{"image_id": 1, "caption": "A dog."}]}'
         ([*CHAIR, "--most", "-1"], "x", b"", "--most is -1"),
         ([*CHAIR, "--max-tokens", "0"], "x", b"", "--max-tokens is 0"),
         (CHAIR, "instances.json", COCO.encode(), "no list `images`. Give COCO's instances"),
-        (CHAIR, "instances.json", b"[]", "no list `images`"),
+        (CHAIR, "instances.json", b"[]", "holds [], not an object. Give COCO"),
         (CHAIR, "instances.json", b"{", "instances.json is not JSON"),
         (CHAIR, "captions.json", b'{"annotations": [{"image_id": 1, "category_id": 1}]}',
          "Give COCO's captions, such as captions_val2014.json, to --reference"),
