@@ -2,7 +2,7 @@
 
 `pope`, `chair` and `hallusionbench` ask a model the questions of a benchmark and print the figures.
 They save all answers in JSON-lines files (`answering`), so a stopped run resumes. `compare`
-compares two such files, or two folders. `handoff` prepares a model for lmms-eval and VLMEvalKit.
+compares such files, or folders of them. `handoff` prepares a model for lmms-eval and VLMEvalKit.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def pope(args: argparse.Namespace) -> str:
     for name, lines in _answers(args, sheets).items():
         texts, labels = _column(lines, "answer"), _column(lines, "label")
         scores[name] = {rule: asdict(yesno.score(texts, labels, rule)) for rule in yesno.RULES}
-    return _write_scores(args, scores, _lines(tables.pope(scores)))
+    return _write_scores(args, scores, tables.text(tables.pope(scores)))
 
 
 def captions(args: argparse.Namespace) -> str:
@@ -122,7 +122,7 @@ def captions(args: argparse.Namespace) -> str:
     objects = json.dumps(details, indent=1, ensure_ascii=False) + "\n"
     write_whole(Path(args.output) / "chair-objects.json", objects)
     scores = {"synonyms": args.synonyms or tables.OWN, **asdict(chair_figures)}
-    table = f"{_lines(tables.chair(scores))}\nobjects by {scores['synonyms']}"
+    table = f"{tables.text(tables.chair(scores))}\nobjects by {scores['synonyms']}"
     return _write_scores(args, scores, table)
 
 
@@ -151,7 +151,7 @@ def hallusion(args: argparse.Namespace) -> str:
         rule: asdict(hallusionbench.score(hallusionbench.correct(texts, rows, rule), rows))
         for rule in yesno.RULES
     }
-    return _write_scores(args, scores, _lines(tables.hallusionbench(scores)))
+    return _write_scores(args, scores, tables.text(tables.hallusionbench(scores)))
 
 
 def handoff(args: argparse.Namespace) -> str:
@@ -213,15 +213,6 @@ def _write_scores(args: argparse.Namespace, scores: dict[str, Any], table: str) 
     content = {"model": args.model, "scores": scores}
     write_whole(path, json.dumps(content, indent=2) + "\n")
     return f"{table}\nwrote {path}"
-
-
-def _lines(table: tables.Table) -> str:
-    widths = [max(map(len, column)) for column in zip(table.heads, *table.rows, strict=True)]
-    lines = [table.heads, ["-" * width for width in widths], *table.rows]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -346,7 +337,7 @@ COMMANDS = {
     "pope": "POPE: yes/no questions about objects, scored by three rules",
     "chair": "CHAIR: objects in captions that are not in the image",
     "hallusionbench": "HallusionBench, scored by rules instead of GPT-4",
-    "compare": "Compare two models by McNemar's test and a bootstrap",
+    "compare": "Compare models with a first one by paired tests and a bootstrap",
     "handoff": "Write a merged folder for lmms-eval and VLMEvalKit",
 }
 """Command -> summary."""
