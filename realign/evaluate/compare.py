@@ -32,14 +32,14 @@ class Row(NamedTuple):
         rule: the rule that scores the answers.
         model: name of the model.
         found: the model against the first one. The first model is compared with itself.
-        adjusted: `flip_p` after Holm's correction over the table. None for the first model.
+        adjusted: `flip_p` after Holm's correction over the table. nan for the first model.
     """
 
     file: str
     rule: str
     model: str
     found: Comparison
-    adjusted: float | None
+    adjusted: float
 
 
 def compare(args: argparse.Namespace) -> str:
@@ -89,8 +89,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     if twice := [path for path, number in Counter(whole).items() if number > 1]:
         raise ValueError(f"{twice[0]} is given twice. Name the answers of each model once.")
     names = [
-        path.name if given.is_dir() else path.stem
-        for path, given in zip(whole, paths, strict=True)
+        path.name if given.is_dir() else path.stem for path, given in zip(whole, paths, strict=True)
     ]
     depth = 1
     while len(set(names)) < len(names):
@@ -152,7 +151,7 @@ def _rows(names: Sequence[str], found: Sequence[Mapping[str, Answered]], seed: i
                 f"{names[0]} and {name} answer different files: only one of them has "
                 f"{shorten(', '.join(unmatched))}. Compare answers to the same files."
             )
-    compared = []
+    rows = []
     for file, base in found[0].items():
         lines = [base.lines] + [
             _matched(file, names[0], base, name, other[file])
@@ -163,15 +162,11 @@ def _rows(names: Sequence[str], found: Sequence[Mapping[str, Answered]], seed: i
         for rule in benchmark.rules:
             scores = [own.scores[rule] for own in scored]
             results = compare_all(scores, clusters=scored[0].clusters, seed=seed)
-            compared += [
-                (file, rule, name, result) for name, result in zip(names, results, strict=True)
-            ]
-    firsts = [place % len(names) == 0 for place in range(len(compared))]
-    p = [np.nan if first else row[3].flip_p for first, row in zip(firsts, compared, strict=True)]
-    return [
-        Row(*row, None if first else adjusted)
-        for first, row, adjusted in zip(firsts, compared, holm(p), strict=True)
-    ]
+            for name, result in zip(names, results, strict=True):
+                p = np.nan if name == names[0] else result.flip_p
+                rows.append(Row(file, rule, name, result, p))
+    adjusted = holm([row.adjusted for row in rows])
+    return [row._replace(adjusted=p) for row, p in zip(rows, adjusted, strict=True)]
 
 
 def _matched(
@@ -223,24 +218,37 @@ def _facts(line: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _table(rows: Sequence[Row]) -> tables.Table:
-    heads = ("file", "rule", "model", "units", "score [95 %]", "difference [95 %]", "gained", "lost")
+    heads = (
+        "file",
+        "rule",
+        "model",
+        "units",
+        "score [95 %]",
+        "difference [95 %]",
+        "gained",
+        "lost",
+    )
     heads += ("McNemar p", "sign-flip p", "Holm p")
     cells = []
     for file, rule, model, found, adjusted in rows:
-        low, high = found.interval
-        score = f"{100 * found.second:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+        score = _percent(found.second, *found.interval, "")
         cells.append((file, rule, model, str(found.questions), score, *_change(found, adjusted)))
     return tables.Table("", heads, cells)
 
 
-def _change(found: Comparison, adjusted: float | None) -> tuple[str, ...]:
+def _change(found: Comparison, adjusted: float) -> tuple[str, ...]:
     """The cells of a comparison. The first model has none."""
-    if adjusted is None:
+    if np.isnan(adjusted):
         return ("",) * 6
-    low, high = 100 * found.low, 100 * found.high
-    difference = f"{100 * found.difference:+.2f} [{low:+.2f}, {high:+.2f}]"
+    difference = _percent(found.difference, found.low, found.high, "+")
     tests = (_p(found.p), _p(found.flip_p), _p(adjusted))
     return difference, str(found.gained), str(found.lost), *tests
+
+
+def _percent(value: float, low: float, high: float, sign: str) -> str:
+    """A share with its interval, which a single image does not give."""
+    shown = f"{100 * value:{sign}.2f}"
+    return shown if np.isnan(low) else f"{shown} [{100 * low:{sign}.2f}, {100 * high:{sign}.2f}]"
 
 
 def _p(p: float) -> str:
@@ -250,7 +258,7 @@ def _p(p: float) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    number = sum(row.adjusted is not None for row in rows)
+    number = sum(not np.isnan(row.adjusted) for row in rows)
     notes = [
         f"Scores in percent, differences to {rows[0].model} in points. The bootstrap draws images.",
         "McNemar p: exact test of independent units. Sign-flip p: permutation test over images.",

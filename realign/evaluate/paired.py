@@ -14,6 +14,7 @@ from scipy import stats
 
 RESAMPLES = 10_000
 """Samples of the bootstrap, and random flips for graded scores."""
+_PICKS = 20_000  # clusters drawn at once: ten times faster than one sample of 500 at a time
 _DIGITS = 9  # Sums of graded scores are rounded, because 0.3 + 0.3 + 0.3 is not 0.9.
 
 
@@ -24,7 +25,8 @@ class Comparison:
     Attributes:
         questions: number of questions.
         first, second: mean scores: shares of right answers, if scores are 0 or 1.
-        interval: 95 % percentile bootstrap interval of `second`, over questions or clusters.
+        interval: 95 % percentile bootstrap interval of `second`, over questions or clusters. It is
+            nan for a single cluster.
         difference: second - first.
         low, high: the same interval of the difference.
         gained: questions whose score rose: those that only the second model answered right.
@@ -154,7 +156,6 @@ def sign_flip(
         return 1.0
     if (sums % 1 == 0).all():
         return _exact(sums.astype(int))
-    # `rng` and `random_state` name the seed in different releases of scipy.
     return float(
         stats.permutation_test(
             (sums,),
@@ -162,7 +163,7 @@ def sign_flip(
             permutation_type="samples",
             n_resamples=RESAMPLES,
             batch=100,
-            random_state=np.random.default_rng(seed),
+            rng=np.random.default_rng(seed),
         ).pvalue
     )
 
@@ -216,8 +217,15 @@ def _intervals(
     rng = np.random.default_rng(seed)
     sums, sizes = _sums(values, clusters), _sums(np.ones(values.shape[1]), clusters)
     table = np.vstack([sums, sizes]).T.copy()  # (clusters, means + 1)
-    draws = np.empty((RESAMPLES, len(values) + 1))
-    for draw in draws:
-        times = np.bincount(rng.integers(len(table), size=len(table)), minlength=len(table))
-        draw[:] = times @ table
-    return np.percentile(draws[:, :-1] / draws[:, -1:], [2.5, 97.5], axis=0).T
+    if len(table) == 1:
+        return np.full((len(values), 2), np.nan)
+    number = len(table)
+    batch = min(RESAMPLES, max(1, _PICKS // number))
+    starts = number * np.arange(batch)[:, None]
+    draws = []
+    for _ in range(-(-RESAMPLES // batch)):
+        picks = rng.integers(number, size=(batch, number)) + starts
+        times = np.bincount(picks.ravel(), minlength=batch * number).reshape(batch, number)
+        draws.append(times @ table)
+    means = np.concatenate(draws)[:RESAMPLES]
+    return np.percentile(means[:, :-1] / means[:, -1:], [2.5, 97.5], axis=0).T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _WIDTH = 3.5  # inches, a column of a paper
 _LINE, _GAP, _ENDS = 0.13, 0.12, 0.55  # inches of an interval, between rules, of title and axis
 _FONT = 8.0  # points
-_LONGEST = 44  # characters of a line at this width
+_LONGEST = 40  # characters of a line at this width
 _PIXELS = 60_000  # matplotlib draws at most 65,535 in one direction
 
 # Okabe and Ito's colours for colour-blind readers, in this order of distinct greys. In grey, the
@@ -35,7 +36,7 @@ def forest(file: str | Path, rows: Sequence[Row]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    drawn = [row for row in rows if row.adjusted is not None]
+    drawn = [row for row in rows if not math.isnan(row.adjusted)]
     models = list(dict.fromkeys(row.model for row in drawn))
     groups: dict[str, list[str]] = {}
     for row in drawn:
@@ -48,12 +49,13 @@ def forest(file: str | Path, rows: Sequence[Row]) -> None:
     titles = {name: _lines(name) for name in groups}
     ends = sum(0.13 * title.count("\n") + 0.3 for title in titles.values())
     height = sum(heights) + ends + legend + _ENDS
-    settings = {"font.size": _FONT, "svg.hashsalt": "", "svg.fonttype": "none"}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(
+        {"font.size": _FONT, "svg.hashsalt": "realign", "svg.fonttype": "none"}
+    ):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        panels = figure.subplots(
-            len(groups), 1, sharex=True, squeeze=False, height_ratios=heights
-        )[:, 0]
+        panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[
+            :, 0
+        ]
         marks: dict[str, Any] = {}
         for axes, (name, rules) in zip(panels, groups.items(), strict=True):
             axes.axvline(0, color="#555555", lw=0.8, zorder=1)

@@ -165,3 +165,7 @@ _LATEX_TEXT = {character: f"\\{character}" for character in "#$%&_{}"} | {
 }
 _NUMBERS = re.compile(r"[-+<\d., \[\]]*")
 _LATEX = re.compile("[" + re.escape("".join(_LATEX_TEXT)) + "]")
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.2f} %"
