@@ -168,7 +168,7 @@ def test_every_model_is_compared_with_the_first(run, tmp_path):
 
 
 def test_answers_are_matched_by_id_not_by_line(run, tmp_path):
-    _write(tmp_path / "a" / "f.jsonl", [1, 0, 0, 1])
+    _write(tmp_path / "a" / "f.jsonl", [1, 1, 1, 0])
     head, *lines = (tmp_path / "a" / "f.jsonl").read_text().splitlines()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "f.jsonl").write_text("\n".join([head, *lines[::-1]]) + "\n")
@@ -223,6 +223,26 @@ def test_a_benchmark_with_graded_scores(run, tmp_path, monkeypatch):
     p = _enumerated([0.6, -0.3, 0.6])
     assert row[6:] == ["2", "1", "-", f"{p:.4f}", f"{p:.4f}"]
     assert "does not apply to scores between 0 and 1" in out
+
+
+def test_captions_are_compared_by_their_hallucinations(run, tmp_path):
+    for model, invented in (("a", [["dog"], [], ["cat"]]), ("b", [[], [], ["cat"]])):
+        lines = [
+            {"id": str(i), "question": "q", "image": f"{i}.png", "answer": "A cat."}
+            for i in range(3)
+        ]
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "chair.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in [{"asked": {}}, *lines])
+        )
+        objects = [
+            line | {"hallucinated": found} for line, found in zip(lines, invented, strict=True)
+        ]
+        (tmp_path / model / "chair-objects.json").write_text(json.dumps(objects))
+    row = re.split(r" {2,}", run("a", "b")[1].splitlines()[3])
+    assert row[:4] == ["chair", "no hallucination", "b", "3"]
+    assert row[4].startswith("66.67 [") and row[5].startswith("+33.33 [")
+    assert row[6:] == ["1", "0", "1.0000", "1.0000", "1.0000"]
 
 
 def test_names_of_models_are_distinct(tmp_path):
