@@ -337,7 +337,7 @@ COMMANDS = {
     "pope": "POPE: yes/no questions about objects, scored by three rules",
     "chair": "CHAIR: objects in captions that are not in the image",
     "hallusionbench": "HallusionBench, scored by rules instead of GPT-4",
-    "compare": "Compare models with a first one by paired tests and a bootstrap",
+    "compare": "Compare models by McNemar's and other paired tests",
     "handoff": "Write a merged folder for lmms-eval and VLMEvalKit",
 }
 """Command -> summary."""

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,30 +16,12 @@ from realign.data.errors import shorten
 from realign.evaluate import tables
 from realign.evaluate.benchmarks import BENCHMARKS, Answered, read_answered, units
 from realign.evaluate.paired import Comparison, compare_all, holm
+from realign.evaluate.plots import PLOTS, Row, forest
 from realign.files import check_file, write_whole
 
 FORMATS = {"text": (".txt", ""), "markdown": (".md",), "latex": (".tex",)}
 """Format of the table -> suffixes of its files."""
-PLOTS = (".png", ".svg", ".pdf")
 _OWN = ("model", "mark")  # settings that identify the model
-
-
-class Row(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        file: name of the answers file, or of its benchmark.
-        rule: the rule that scores the answers.
-        model: name of the model.
-        found: the model against the first one. The first model is compared with itself.
-        adjusted: `flip_p` after Holm's correction over the table. nan for the first model.
-    """
-
-    file: str
-    rule: str
-    model: str
-    found: Comparison
-    adjusted: float
 
 
 def compare(args: argparse.Namespace) -> str:
@@ -72,8 +54,6 @@ def compare(args: argparse.Namespace) -> str:
         write_whole(args.output, _formatted(table, notes, kind) + "\n")
         written.append(f"wrote {args.output}")
     if args.plot:
-        from realign.evaluate.plots import forest
-
         forest(args.plot, rows)
         written.append(f"wrote {args.plot}")
     return "\n".join([shown, *written])

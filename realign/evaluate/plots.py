@@ -6,24 +6,42 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from realign.evaluate.paired import Comparison
 from realign.evaluate.tables import one_line
 from realign.files import replacing
 
-if TYPE_CHECKING:
-    from realign.evaluate.compare import Row
-
-_WIDTH = 3.5  # inches, a column of a paper
-_LINE, _GAP, _ENDS = 0.13, 0.12, 0.55  # inches of an interval, between rules, of title and axis
-_FONT = 8.0  # points
-_LONGEST = 40  # characters of a line at this width
-_PIXELS = 60_000  # matplotlib draws at most 65,535 in one direction
+PLOTS = (".png", ".svg", ".pdf")
+"""Suffixes of a plot."""
+_WIDTH = 3.5  # Inches: a column of a paper.
+_LINE, _GAP, _ENDS = 0.13, 0.12, 0.55  # Inches of an interval, between rules, of title and axis.
+_FONT = 8.0  # Points.
+_LONGEST = 40  # Characters of a line at this width.
+_PIXELS = 60_000  # Matplotlib draws at most 65,535 in one direction.
 
 # Okabe and Ito's colours for colour-blind readers, in this order of distinct greys. In grey, the
 # markers separate the models, too. Their numbers have no common factor, so 35 pairs differ.
 _COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73")
 _MARKERS = "osD^vPX"
+
+
+class Row(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        file: name of the answers file, or of its benchmark.
+        rule: the rule that scores the answers.
+        model: name of the model.
+        found: the model against the first one. The first model is compared with itself.
+        adjusted: `flip_p` after Holm's correction over the table. nan for the first model.
+    """
+
+    file: str
+    rule: str
+    model: str
+    found: Comparison
+    adjusted: float
 
 
 def forest(file: str | Path, rows: Sequence[Row]) -> None:
