@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.study.testbed import TUNING_SEED
+from realign.evaluate.paired import holm
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -114,14 +115,3 @@ def _paired_p(change: Sequence[float]) -> float:
     if np.ptp(change) == 0:
         return 1.0 if change[0] == 0 else 0.0
     return float(stats.ttest_1samp(change, 0).pvalue)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Apply Holm's correction (Scandinavian Journal of Statistics 6, 1979). nan stays nan."""
-    numbers = np.array(p, float)
-    order = [i for i in np.argsort(numbers) if not np.isnan(numbers[i])]
-    adjusted, highest = np.full(len(numbers), np.nan), 0.0
-    for place, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - place) * numbers[i]))
-        adjusted[i] = highest
-    return adjusted.tolist()

@@ -209,12 +209,14 @@ class Answered:
         model: folder or Hub name of the model.
         benchmark: a name in `BENCHMARKS`.
         lines: the answers.
+        asked: the settings that the answers depend on, such as the suffix of the questions.
     """
 
     file: Path
     model: str
     benchmark: str
     lines: list[dict[str, Any]]
+    asked: dict[str, Any]
 
 
 def read_answered(path: str | Path) -> dict[str, Answered]:
@@ -248,7 +250,7 @@ def read_answered(path: str | Path) -> dict[str, Answered]:
             _check(file, line, name)
         if lines:
             model = str(head["asked"].get("model"))
-            found[file.stem] = Answered(file, model, name, lines)
+            found[file.stem] = Answered(file, model, name, lines, head["asked"])
     if not found:
         raise ValueError(
             f"{path} has no answers with labels. Name the --output of a run of "

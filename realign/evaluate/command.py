@@ -1,8 +1,8 @@
 """Benchmarks of photographs: `python -m realign.evaluate BENCHMARK FILE --model MODEL ...`.
 
 A benchmark asks a model its questions and prints the figures. All answers are saved in JSON-lines
-files (`answering`), so a stopped run resumes. `compare` compares such files or folders of several
-models. `handoff` prepares a model for lmms-eval and VLMEvalKit.
+files (`answering`), so a stopped run resumes. `compare` compares such files, or folders of them.
+`handoff` prepares a model for lmms-eval and VLMEvalKit.
 """
 
 from __future__ import annotations
@@ -488,7 +488,7 @@ def _parser() -> argparse.ArgumentParser:
 COMMANDS = {
     **{name: asked.summary for name, asked in ASKED.items()},
     "chair": "CHAIR: objects in captions that are not in the image",
-    "compare": "Compare two models by McNemar's test and a bootstrap",
+    "compare": "Compare models by McNemar's and other paired tests",
     "handoff": "Write a merged folder for lmms-eval and VLMEvalKit",
 }
 """Command -> summary."""

@@ -46,6 +46,7 @@ from realign.data.records import read_pairs
 from realign.digits import ASSETS
 from realign.digits.scenes import PLACES, WORDS, Scene, caption_of, digits_in
 from realign.evaluate import answer
+from realign.evaluate.paired import holm
 from realign.modeling.loading import load_processor, load_trained
 from realign_kernels import objectives
 
@@ -86,9 +87,9 @@ def test_mean_and_difference_are_student_s():
 
 def test_holm_by_hand():
     # The running maximum of (0.01, 0.02, 0.03, 0.04) * (4, 3, 2, 1).
-    assert analysis.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert analysis.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    adjusted = analysis.holm([float("nan"), 0.01])  # a comparison of one seed is not counted
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    adjusted = holm([float("nan"), 0.01])  # a comparison of one seed is not counted
     assert np.isnan(adjusted[0]) and adjusted[1] == pytest.approx(0.01)
 
 
