@@ -2,7 +2,8 @@
 
 `pope`, `chair` and `hallusionbench` ask a model the questions of a benchmark and print the figures.
 They save all answers in JSON-lines files (`answering`), so a stopped run resumes. `compare`
-compares two such files, or two folders. `handoff` prepares a model for lmms-eval and VLMEvalKit.
+compares two such files, or two folders, and `gallery` shows them. `handoff` prepares a model for
+lmms-eval and VLMEvalKit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from realign.cli import CommandParser
 from realign.config import check_pixels
 from realign.data.errors import short_repr, shorten
-from realign.evaluate import chair, compare, files, hallusionbench, tables, yesno
+from realign.evaluate import chair, compare, files, gallery, hallusionbench, tables, yesno
 from realign.evaluate.answering import Question, Sheet, answer, prepare
 from realign.evaluate.handoff import hand_off
 from realign.files import check_file, check_folder, write_whole
@@ -330,6 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     add_suffix(command)
     add_model(command)
     compare.add_parser(add)
+    gallery.add_parser(add)
     command = add("handoff", handoff, "\\\n    --model runs/llava/model --output llava-merged")
     command.add_argument(
         "--model",
@@ -347,6 +349,7 @@ COMMANDS = {
     "chair": "CHAIR: objects in captions that are not in the image",
     "hallusionbench": "HallusionBench, scored by rules instead of GPT-4",
     "compare": "Compare two models by McNemar's test and a bootstrap",
+    "gallery": "Write an HTML file that shows two models' answers side by side",
     "handoff": "Write a merged folder for lmms-eval and VLMEvalKit",
 }
 """Command -> summary."""
