@@ -100,8 +100,8 @@ def write_gallery(
         second: answers of the second model to the same questions.
         output: HTML file to write.
         image_folder: folder that contains the images. None means the folder of `first`.
-        most: maximum number of questions to show: first those with a different score, then those
-            that are wrong twice, then those that are right twice, each sampled evenly. 0 shows all.
+        most: maximum number of questions to show, chosen in the order of `_CLASSES`. Each class is
+            sampled evenly. 0 shows all.
         side: longer side of a thumbnail, in pixels.
 
     Returns:
@@ -329,7 +329,7 @@ def gallery(args: argparse.Namespace) -> str:
 
 def add_parser(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command to the parser of `realign.evaluate`."""
-    command = add("gallery", gallery, "eval/before eval/after --image-folder val2014")
+    command = add("gallery", gallery, "before after --image-folder val2014")
     for name, model in (("base", "first"), ("aligned", "second")):
         command.add_argument(
             name, metavar=name.upper(), help=f"Answers of the {model} model: a file or a folder."

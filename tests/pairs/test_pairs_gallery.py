@@ -340,5 +340,7 @@ def test_the_command_reads_images_of_the_named_folder(tmp_path, capsys):
     for flags, shown in ([], 1), (["--image-folder", str(tmp_path / "images")], 2):
         assert main([file, "--output", str(page), *flags]) == 0
         assert page.read_text().count("data:image/png;base64") == shown
+        report = "Images that are not shown: 1 missing. Check --image-folder."
+        assert (report in capsys.readouterr().out) == (not flags)
     assert main([file, "--output", str(page), "--image-folder", "none"]) == 1
     assert "--image-folder none is not a folder" in capsys.readouterr().err
