@@ -57,16 +57,22 @@ class _Item:
         titles: names of the two models.
         lines: answers of both models to each of its questions.
         scores: rule -> score of each model in [0, 1]. The first is the default rule.
+        rules: the benchmark's rules, which score one answer.
     """
 
     file: str
     titles: tuple[str, str]
     lines: list[tuple[Line, Line]]
     scores: dict[str, tuple[float, float]]
+    rules: Mapping[str, Callable[[Line], float]]
 
     def by(self, rule: str) -> tuple[float, float]:
         """The scores by a rule, or by the default rule if the benchmark does not have it."""
         return self.scores.get(rule) or next(iter(self.scores.values()))
+
+    def verdict(self, rule: str, line: Line) -> tuple[str, str]:
+        """Tone and word of one answer by a rule, or by the default rule."""
+        return _verdict(self.rules.get(rule, next(iter(self.rules.values())))(line))
 
     def state(self, rule: str) -> str:
         """The state by a rule."""
@@ -169,9 +175,9 @@ def _items(file: str, one: Answered, two: Answered, titles: tuple[str, str]) -> 
     if not len(answers) == len(one.lines) == len(two.lines):
         raise ValueError(f"{one.file} or {two.file} answers a question twice. Run it again.")
     second = [answers[line["id"]] for line in one.lines]
-    same = one.benchmark == two.benchmark
     pairs = list(zip(one.lines, second, strict=True))
-    if not same or any(a.get(key) != b.get(key) for a, b in pairs for key in _GOLD):
+    different = any(a.get(key) != b.get(key) for a, b in pairs for key in _GOLD)
+    if one.benchmark != two.benchmark or different:
         raise ValueError(
             f"{one.file} and {two.file} have different labels. Answer the same benchmark with both "
             "models."
@@ -190,6 +196,7 @@ def _items(file: str, one: Answered, two: Answered, titles: tuple[str, str]) -> 
                 rule: (float(scored[0].scores[rule][place]), float(scored[1].scores[rule][place]))
                 for rule in benchmark.rules
             },
+            benchmark.rules,
         )
         for place, group in enumerate(groups.values())
     ]
@@ -265,7 +272,7 @@ def _card(item: _Item, rules: list[str], album: Album) -> Card:
             Answer(
                 title,
                 side,
-                {rule: _verdict(item.by(rule)[place]) for rule in rules},
+                {rule: item.verdict(rule, pair[place]) for rule in rules},
                 _note(pair[place], [key for key in own if key not in shared]),
             )
             for place, (title, side) in enumerate(zip(item.titles, sides, strict=True))

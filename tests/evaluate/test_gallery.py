@@ -118,6 +118,8 @@ def test_graded_scores_and_units_of_several_questions(tmp_path, monkeypatch):
     asked = [turn["prompt"] for turn in turned["turns"]]
     assert asked == [[["", f"turned-{i}?"], ["gold label", "a, b"]] for i in range(2)]
     assert [a["note"] for a in turned["turns"][1]["answers"]] == ["score: 0.0", "score: 1.0"]
+    verdicts = [[a["verdicts"][""][1] for a in turn["answers"]] for turn in turned["turns"]]
+    assert verdicts == [["right", "right"], ["wrong", "right"]]
     # Models of one name get the names of their files.
     assert page.data["heading"] == "file0.jsonl → file1.jsonl"
 
