@@ -28,8 +28,8 @@ class ExportConfig:
     dtype: str | None = None
     """Dtype of the written weights. Without it, the dtype of the base."""
     metrics: str | None = None
-    """JSON file of figures for the model card. `realign.evaluate --output` writes it: the file of the
-    digits, or that of a benchmark, such as pope.json."""
+    """JSON file of figures for the model card. `realign.evaluate --output` writes it: the file of
+    the digits, or that of a benchmark, such as pope.json."""
 
     def __post_init__(self) -> None:
         for name, needed in (("model", "a model"), ("output", "the folder to write")):

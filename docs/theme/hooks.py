@@ -36,7 +36,7 @@ COMMANDS = {
     "realign.pairs": ("", "gallery", "stats", "import"),
     "realign.train": ("",),
     "realign.cache": ("", "fill", "stats", "verify", "compact"),
-    "realign.evaluate": ("", "pope", "chair", "hallusionbench", "compare", "handoff"),
+    "realign.evaluate": ("", "pope", "chair", "hallusionbench", "compare", "gallery", "handoff"),
     "realign.export": ("",),
     "realign.doctor": ("",),
     "realign.demo": ("",),

@@ -1,8 +1,8 @@
 """Benchmarks of photographs: `python -m realign.evaluate BENCHMARK FILE --model MODEL ...`.
 
 A benchmark asks a model its questions and prints the figures. All answers are saved in JSON-lines
-files (`answering`), so a stopped run resumes. `compare` compares such files, or folders of them.
-`handoff` prepares a model for lmms-eval and VLMEvalKit.
+files (`answering`), so a stopped run resumes. `compare` compares such files, or folders of them,
+and `gallery` shows them. `handoff` prepares a model for lmms-eval and VLMEvalKit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from realign.cli import CommandParser
 from realign.config import check_pixels
 from realign.data.errors import shorten
-from realign.evaluate import amber, chair, compare, files, sets, tables
+from realign.evaluate import amber, chair, compare, files, gallery, sets, tables
 from realign.evaluate.answering import Question, Sheet, answer, prepare
 from realign.evaluate.benchmarks import BENCHMARKS, report
 from realign.evaluate.handoff import hand_off
@@ -473,6 +473,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model(command)
     compare.add_parser(add)
+    gallery.add_parser(add)
     command = add("handoff", handoff, "\\\n    --model runs/llava/model --output llava-merged")
     command.add_argument(
         "--model",
@@ -489,6 +490,7 @@ COMMANDS = {
     **{name: asked.summary for name, asked in ASKED.items()},
     "chair": "CHAIR: objects in captions that are not in the image",
     "compare": "Compare models by McNemar's and other paired tests",
+    "gallery": "Write an HTML page of two models' answers",
     "handoff": "Write a merged folder for lmms-eval and VLMEvalKit",
 }
 """Command -> summary."""

@@ -34,19 +34,9 @@ def compare(args: argparse.Namespace) -> str:
     """
     kind = _check_outputs(args)
     paths = [Path(path) for path in (args.base, *args.models)]
-    for number, path in enumerate(paths):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{'MODEL' if number else 'BASE'}: there is no answers file or folder {path}. Pass "
-                "the --output of a run."
-            )
-    found = [read_answered(path) for path in paths]
+    names, found = distinct_names(paths), read_models(paths)
     _check_overwritten(args, found)
-    if not any(path.is_dir() for path in paths):
-        stems = {path.stem for path in paths}
-        single = stems.pop() if len(stems) == 1 else next(iter(found[0].values())).benchmark
-        found = [{single: next(iter(answered.values()))} for answered in found]
-    rows = _rows(distinct_names(paths), found, args.seed)
+    rows = _rows(names, found, args.seed)
     table, notes = _table(rows), [*_skipped(paths, found), *_notes(rows)]
     shown = _formatted(table, notes, "text" if args.output else kind)
     written = []
@@ -57,6 +47,27 @@ def compare(args: argparse.Namespace) -> str:
         forest(args.plot, rows)
         written.append(f"wrote {args.plot}")
     return "\n".join([shown, *written])
+
+
+def read_models(paths: Sequence[Path]) -> list[dict[str, Answered]]:
+    """The answers of each model by the name of a file. Single files may have any names.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ValueError: like `read_answered`.
+    """
+    for number, path in enumerate(paths):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{'MODEL' if number else 'BASE'}: there is no answers file or folder {path}. Pass "
+                "the --output of a run."
+            )
+    found = [read_answered(path) for path in paths]
+    if any(path.is_dir() for path in paths):
+        return found
+    stems = {path.stem for path in paths}
+    name = stems.pop() if len(stems) == 1 else next(iter(found[0].values())).benchmark
+    return [{name: next(iter(answered.values()))} for answered in found]
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -125,18 +136,13 @@ def _same(first: str | Path, second: str | Path) -> bool:
 
 def _rows(names: Sequence[str], found: Sequence[Mapping[str, Answered]], seed: int) -> list[Row]:
     """Compare the models by each file and rule."""
-    for name, other in zip(names[1:], found[1:], strict=True):
-        if unmatched := sorted(found[0].keys() ^ other.keys()):
-            raise ValueError(
-                f"{names[0]} and {name} answer different files: only one of them has "
-                f"{shorten(', '.join(unmatched))}. Compare answers to the same files."
-            )
+    matched = [
+        match(names[0], found[0], name, other)
+        for name, other in zip(names[1:], found[1:], strict=True)
+    ]
     rows = []
     for file, base in found[0].items():
-        lines = [base.lines] + [
-            _matched(file, names[0], base, name, other[file])
-            for name, other in zip(names[1:], found[1:], strict=True)
-        ]
+        lines = [base.lines] + [other[file] for other in matched]
         benchmark = BENCHMARKS[base.benchmark]
         scored = [units(own, benchmark) for own in lines]
         for rule in benchmark.rules:
@@ -149,14 +155,31 @@ def _rows(names: Sequence[str], found: Sequence[Mapping[str, Answered]], seed: i
     return [row._replace(adjusted=p) for row, p in zip(rows, adjusted, strict=True)]
 
 
+def match(
+    first: str, before: Mapping[str, Answered], second: str, after: Mapping[str, Answered]
+) -> dict[str, list[dict[str, Any]]]:
+    """The second model's answers to each file, in the order of the first one's.
+
+    Args:
+        first: name of the first model, for errors.
+        before: its answers.
+        second: name of the second model.
+        after: its answers.
+
+    Raises:
+        ValueError: for other files, other questions, or other settings.
+    """
+    if unmatched := sorted(before.keys() ^ after.keys()):
+        raise ValueError(
+            f"{first} and {second} answer different files: only one of them has "
+            f"{shorten(', '.join(unmatched))}. Compare answers to the same files."
+        )
+    return {file: _matched(file, first, before[file], second, after[file]) for file in before}
+
+
 def _matched(
     file: str, first: str, before: Answered, second: str, after: Answered
 ) -> list[dict[str, Any]]:
-    """The second model's answers in the order of the first one's.
-
-    Raises:
-        ValueError: for answers to other questions, or with other settings.
-    """
     if before.benchmark != after.benchmark:
         raise ValueError(
             f"{first} and {second} answer different benchmarks in {file}: {before.benchmark} and "

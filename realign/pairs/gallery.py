@@ -1,45 +1,44 @@
 """Gallery of pairs: `python -m realign.pairs gallery PAIRS.parquet --output gallery.html`.
 
-The gallery is one HTML file that needs no network, with the statistics of `stats` above the pairs.
-Images are data URIs. Texts are in a JSON block, and the script inserts them as text, not markup. A
-Content-Security-Policy allows only the page's own script and style.
+The gallery is one HTML file that needs no network (`page`). It shows the statistics of `stats`
+above the pairs.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import io
 import json
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import Entry, entry_of
 from realign.data.errors import Malformed
-from realign.data.images import DataFolder, ImageError, StoredImage
+from realign.data.images import DataFolder
 from realign.files import check_file
-from realign.pairs.io.images import load_image
-from realign.pairs.stats import (
-    FACTS,
-    changed_words,
-    collect,
-    difference,
-    finite,
-    image_digest,
-    pair_rows,
+from realign.pairs.page import (
+    Album,
+    Answer,
+    Card,
+    Figure,
+    Order,
+    Page,
+    Turn,
+    check_numbers,
+    spread,
+    write_page,
 )
+from realign.pairs.stats import FACTS, changed_words, collect, difference, finite, pair_rows
 from realign.terminal import show
 
-_TEMPLATE = Path(__file__).with_name("gallery.html")
-_OUTSIDE = "outside the folder"  # reason of an ImageError
-_SMALL = 128  # pixels; images up to this size are not reduced, and are shown with sharp pixels
+_ORDERS: tuple[Order, ...] = (
+    ("place", "Order of the file", "place", 1),
+    ("similar", "Most similar images", "similarity", -1),
+    ("dissimilar", "Least similar images", "similarity", 1),
+    ("near", "Lowest rank", "rank", 1),
+    ("far", "Highest rank", "rank", -1),
+    ("most", "Most changed words", "changed", -1),
+    ("fewest", "Fewest changed words", "changed", 1),
+)
 
 
 def write_gallery(
@@ -74,17 +73,13 @@ def write_gallery(
 
 def _write(
     pairs: str | Path, output: str | Path, image_folder: str | Path | None, most: int, side: int
-) -> tuple[int, int, int]:
-    """The numbers of `write_gallery`, and the number of images outside the folder."""
-    for name, value, least in (("most", most, 0), ("side", side, 16)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}.")
+) -> tuple[int, int, str]:
+    """The numbers of `write_gallery`, and a report of the images that are not shown."""
+    check_numbers(most=most, side=side)
     stats = collect(pairs)
     total = stats.pairs
-    shown: Collection[int] = range(total)
-    if most and most < total:
-        shown = set(np.linspace(0, total - 1, most).round().astype(int).tolist())
-    album = _Album(side, DataFolder.of_images(Path(pairs), image_folder))
+    shown = set(spread(total, most or total))
+    album = Album(side, DataFolder.of_images(Path(pairs), image_folder))
     cards = [
         _card(row, name, album)
         for number, (_, name, row) in enumerate(pair_rows(pairs))
@@ -92,21 +87,22 @@ def _write(
     ]
     name = Path(pairs).name
     count = f"{total:,} pairs" if len(cards) == total else f"{len(cards):,} of {total:,} pairs"
-    data = {
-        "about": f"{count} in {name}",
-        "figures": str(stats),
-        "pairs": cards,
-        "images": album.images,
-    }
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_page(name, data), encoding="utf-8")
-    outside = sum(image.get("problem") == _OUTSIDE for image in album.images)
-    return len(cards), total, outside
+    page = Page(
+        heading="Preference pairs",
+        about=f"{count} in {name}",
+        figures=("Statistics of all pairs", str(stats)),
+        thing="pair",
+        all="All verdicts",
+        cards=cards,
+        images=album.images,
+        orders=_ORDERS,
+    )
+    write_page(output, f"Preference pairs: {name}", page)
+    return len(cards), total, album.report()
 
 
-def _card(row: dict | Malformed, place: str, album: _Album) -> dict[str, Any]:
-    """The data of a row for the page."""
+def _card(row: dict | Malformed, place: str, album: Album) -> Card:
+    """The card of a row."""
     try:
         if isinstance(row, Malformed):
             raise row
@@ -115,31 +111,36 @@ def _card(row: dict | Malformed, place: str, album: _Album) -> dict[str, Any]:
         entry = Entry(None, [], f"({error})", None, [], [])
         row = {} if isinstance(row, Malformed) else row
     chosen, rejected = difference(entry.chosen or "", entry.rejected or "")
-    images = [album.place_of(image) for image in entry.images]
-    retrieved = [album.place_of(image) for image in entry.retrieved]
-    verdicts, labels = _verdicts(row, same=bool(images) and images == retrieved)
-    facts = [(key.replace("_", " "), str(row[key])) for key in FACTS if row.get(key) is not None]
+    images, retrieved = album.places_of(entry.images), album.places_of(entry.retrieved)
+    chips, labels = _verdicts(row, same=bool(images) and images == retrieved)
     negative = str(row.get("negative") or "retrieved")
     similarity, rank = finite(row.get("similarity")), finite(row.get("neighbour_rank"))
-    # The similarity is for the neighbour. With another negative, the neighbour is not shown.
-    if negative != "retrieved" and similarity is not None:
+    rank = None if rank is None else int(rank)
+    other = Figure(negative[:1].upper() + negative[1:], retrieved)
+    if negative == "retrieved":
+        measures = (
+            None if similarity is None else f"similarity {similarity:.3f}",
+            None if rank is None else f"rank {rank}",
+        )
+        other.note, other.bar = ", ".join(filter(None, measures)), similarity
+    elif similarity is not None:  # of the neighbour, which is not shown
         name = "similarity of the neighbour"
-        verdicts.insert(0, {"name": name, "value": f"{similarity:.3f}", "tone": ""})
-    return {
-        "id": place if row.get("id") is None else str(row["id"]),
-        "prompt": [(m["role"], _text(m["content"])) for m in entry.prompt],
-        "chosen": chosen,
-        "rejected": rejected,
-        "changed": changed_words(rejected),
-        "images": images,
-        "retrieved": retrieved,
-        "negative": negative,
-        "similarity": similarity,
-        "rank": None if rank is None else int(rank),
-        "verdicts": verdicts,
-        "labels": labels,
-        "facts": facts,
-    }
+        chips.insert(0, {"name": name, "value": f"{similarity:.3f}", "tone": ""})
+    roles = len(entry.prompt) > 1
+    prompt = [(m["role"] if roles else "", _text(m["content"])) for m in entry.prompt]
+    answers = [
+        Answer("Chosen", chosen, {"": ("good", "")}),
+        Answer("Rejected", rejected, {"": ("bad", "")}),
+    ]
+    return Card(
+        id=place if row.get("id") is None else str(row["id"]),
+        figures=[Figure("Image", images), other],
+        turns=[Turn(prompt, answers)],
+        labels={"": labels},
+        sort={"similarity": similarity, "rank": rank, "changed": changed_words(rejected)},
+        chips=chips,
+        facts=[(k.replace("_", " "), str(row[k])) for k in FACTS if row.get(k) is not None],
+    )
 
 
 def _verdicts(row: dict, same: bool) -> tuple[list[dict], list[str]]:
@@ -173,60 +174,6 @@ def _judged(text: str) -> dict[str, str]:
         str(key): words[value] if value is None or isinstance(value, bool) else str(value)
         for key, value in verdicts.items()
     }
-
-
-class _Album:
-    """Thumbnails as data URIs. Equal images share one."""
-
-    def __init__(self, side: int, folder: DataFolder) -> None:
-        self._side = side
-        self._folder = folder
-        self._places: dict[bytes, int] = {}
-        self.images: list[dict[str, Any]] = []
-
-    def place_of(self, image: StoredImage) -> int:
-        """The index of an image in `images`."""
-        key = image_digest(image, Path(self._folder.path))
-        if key not in self._places:
-            self._places[key] = len(self.images)
-            self.images.append(self._thumbnail(image))
-        return self._places[key]
-
-    def _thumbnail(self, stored: StoredImage) -> dict[str, Any]:
-        try:
-            if stored.data is None and stored.path is not None:
-                stored = StoredImage(path=self._folder.file(stored.path))
-            image = load_image(stored)
-        except ImageError as error:
-            return {"problem": error.reason}
-        small = max(image.size) <= _SMALL
-        if not small:
-            image.thumbnail((self._side, self._side), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG" if small else "JPEG", quality=82, optimize=True)
-        kind = "png" if small else "jpeg"
-        text = base64.b64encode(buffer.getvalue()).decode()
-        return {"source": f"data:image/{kind};base64,{text}", "small": small}
-
-
-def _page(name: str, data: dict[str, Any]) -> str:
-    """The template, filled with the data and a policy for only its own script and style."""
-    page = _TEMPLATE.read_text(encoding="utf-8")
-    hashes = {}
-    for tag in ("style", "script"):
-        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digest = hashlib.sha256(text.encode()).digest()
-        hashes[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {hashes['style']}; "
-        f"script-src {hashes['script']}; base-uri 'none'; form-action 'none'"
-    )
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Without `<`, no text in the block can end the block, or begin a tag or comment.
-    text = text.replace("<", "\\u003c").encode("utf-8", "replace").decode()
-    title = html.escape(f"Preference pairs: {name}")
-    parts = {"%POLICY%": policy, "%TITLE%": title, "%DATA%": text}
-    return re.sub("|".join(parts), lambda match: parts[match[0]], page)
 
 
 def _text(content: str | list[dict]) -> str:
@@ -271,9 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     check_file("--output", args.output)
-    shown, total, outside = _write(args.pairs, args.output, args.image_folder, args.most, args.side)
+    shown, total, report = _write(args.pairs, args.output, args.image_folder, args.most, args.side)
     size = Path(args.output).stat().st_size / 1e6
     show(f"wrote {args.output}: {shown} of {total} pairs, {size:.1f} MB")
-    if outside:
-        show(f"{outside} images are outside the folder and are not shown. Pass --image-folder.")
+    if report:
+        show(report)
     return 0

@@ -28,6 +28,7 @@ COMMANDS = {
     "realign.evaluate chair": evaluate.main,
     "realign.evaluate hallusionbench": evaluate.main,
     "realign.evaluate compare": evaluate.main,
+    "realign.evaluate gallery": evaluate.main,
     "realign.evaluate handoff": evaluate.main,
     "realign.export": export.main,
     "realign.doctor": doctor.main,

@@ -6,6 +6,7 @@ Nothing here installs anything; .ci/run builds the environment and a wheel for r
 import subprocess
 import sys
 import warnings
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def fresh_extension():
 
 def test_the_doctor_checks_extras_of_the_project(project):
     assert set(doctor.EXTRAS) - {""} <= set(project["project"]["optional-dependencies"])
+
+
+def test_files_beside_the_modules_are_packaged(project):
+    patterns = project["tool"]["setuptools"]["package-data"]["realign"]
+    folder = ROOT / "realign"
+    packaged = {name for p in patterns for name in glob(p, root_dir=folder, recursive=True)}
+    files = (file for file in folder.rglob("*") if file.suffix not in (".py", ".pyc"))
+    others = {str(file.relative_to(folder)) for file in files if file.is_file()}
+    assert "pairs/page.html" in others and others <= packaged
 
 
 def test_the_build_needs_no_torch(project):

@@ -6,15 +6,13 @@ import html
 import io
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from galleries import EVIL, TAGS, Gallery, dom, joined, needs_browser, operate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,10 +20,6 @@ from stress_images import encode
 
 from realign.pairs.gallery import main, write_gallery
 from realign.pairs.stats import changed_words, collect, difference
-
-EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"alert('b')\"> &lt;"
-TAGS = ["html", "head", "meta", "title", "style", "body", "header", "div", "h1", "p", "input"]
-TAGS += ["select", "main", "details", "summary", "pre", "nav", "kbd", "noscript", "script"]
 
 
 def _png(shade):
@@ -61,35 +55,15 @@ def _file(folder, *rows, name="pairs.parquet"):
     return folder / name
 
 
-class _Page(HTMLParser):
-    """Parser of a page: its elements, and the text of its script and style elements."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.texts, self._open = [], [], None
-        self.feed(text)
-        (self.data,) = [json.loads(t) for tag, a, t in self.texts if a.get("type")]
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag in ("script", "style"):
-            self._open = (tag, dict(attributes))
-
-    def handle_data(self, text):
-        if self._open:
-            self.texts.append((*self._open, text))
-
-    def handle_endtag(self, tag):
-        self._open = None
-
-
 def _page(folder, *rows, **options):
     write_gallery(_file(folder, *rows), folder / "gallery.html", **options)
-    return _Page((folder / "gallery.html").read_text(encoding="utf-8"))
+    return Gallery(folder / "gallery.html")
 
 
-def _joined(segments):
-    return "".join(text for text, _ in segments)
+def _texts(card):
+    """The prompt of a card with one turn, and the segments of its responses."""
+    (turn,) = card["turns"]
+    return turn["prompt"], *(answer["segments"] for answer in turn["answers"])
 
 
 def test_the_page_shows_the_data_of_the_file(tmp_path):
@@ -99,21 +73,39 @@ def test_the_page_shows_the_data_of_the_file(tmp_path):
     other = _row(2, visual_margin=-0.5, negative="crop")
     data = _page(tmp_path, _row(0), judged, other).data
     assert data["about"] == "3 pairs in pairs.parquet"
-    assert data["figures"] == str(collect(tmp_path / "pairs.parquet"))
-    first, second, third = data["pairs"]
-    assert first["id"] == "pair-0" and first["prompt"] == [["user", "What is it?"]]
-    assert _joined(first["chosen"]) == "A red cat, number 0."
-    assert first["rejected"] == [["A ", False], ["blue dog", True], [", number 0.", False]]
-    assert (first["rank"], first["similarity"], first["changed"]) == (0, 0.5, 2)
+    assert data["figures"] == ["Statistics of all pairs", str(collect(tmp_path / "pairs.parquet"))]
+    first, second, third = data["cards"]
+    prompt, chosen, rejected = _texts(first)
+    assert first["id"] == "pair-0" and prompt == [["", "What is it?"]]
+    assert joined(chosen) == "A red cat, number 0."
+    assert rejected == [["A ", False], ["blue dog", True], [", number 0.", False]]
+    answers = first["turns"][0]["answers"]
+    assert [(a["title"], a["verdicts"]) for a in answers] == [
+        ("Chosen", {"": ["good", ""]}),
+        ("Rejected", {"": ["bad", ""]}),
+    ]
+    assert first["sort"] == {"rank": 0, "similarity": 0.5, "changed": 2}
+    retrieved = {
+        "caption": "Retrieved",
+        "images": [1],
+        "note": "similarity 0.500, rank 0",
+        "bar": 0.5,
+    }
+    assert first["figures"] == [
+        {"caption": "Image", "images": [0], "note": "", "bar": None},
+        retrieved,
+    ]
     assert ["masked", "A [MASK], number."] in first["facts"] and ["seed", "3"] in first["facts"]
-    assert [v["name"] for v in first["verdicts"]] == ["text similarity"] and first["labels"] == []
-    assert second["prompt"] == [[m["role"], m["content"]] for m in talk]
-    assert second["verdicts"][1:] == [
+    assert [v["name"] for v in first["chips"]] == ["text similarity"] and first["labels"] == {
+        "": []
+    }
+    assert _texts(second)[0] == [[m["role"], m["content"]] for m in talk]
+    assert second["chips"][1:] == [
         {"name": "visual margin", "value": "+0.25", "tone": "good"},
         {"name": "judge: rejected", "value": "false", "tone": "good"},
         {"name": "judge: chosen on the negative", "value": "no verdict", "tone": ""},
     ]
-    assert second["labels"] == [
+    assert second["labels"][""] == [
         "visual margin above 0",
         "judge: rejected false",
         "judge: chosen on the negative no verdict",
@@ -121,8 +113,9 @@ def test_the_page_shows_the_data_of_the_file(tmp_path):
     # The similarity is for the neighbour, which is not the visual negative here.
     similarity = {"name": "similarity of the neighbour", "value": "0.502", "tone": ""}
     margin = {"name": "visual margin", "value": "-0.50", "tone": "bad"}
-    assert third["negative"] == "crop" and third["verdicts"][::2] == [similarity, margin]
-    assert third["labels"] == ["visual margin not above 0"]
+    assert third["chips"][::2] == [similarity, margin]
+    assert third["figures"][1] == {"caption": "Crop", "images": [3], "note": "", "bar": None}
+    assert third["labels"][""] == ["visual margin not above 0"]
 
 
 def test_texts_stay_texts(tmp_path):
@@ -132,9 +125,10 @@ def test_texts_stay_texts(tmp_path):
     plain = _page(tmp_path, _row())
     page = _page(tmp_path, row)
     assert page.elements == plain.elements  # the texts added no element and no attribute
-    (pair,) = page.data["pairs"]
-    assert pair["id"] == pair["negative"] == EVIL and pair["prompt"] == [["user", EVIL]]
-    assert _joined(pair["chosen"]) == EVIL and _joined(pair["rejected"]) == "x " + EVIL
+    (pair,) = page.data["cards"]
+    prompt, chosen, rejected = _texts(pair)
+    assert pair["id"] == pair["figures"][1]["caption"] == EVIL and prompt == [["", EVIL]]
+    assert joined(chosen) == EVIL and joined(rejected) == "x " + EVIL
     assert dict(pair["facts"])["masked"] == EVIL
     assert page.data["images"][0] == {"problem": "missing"}
     text = (tmp_path / "gallery.html").read_text()
@@ -187,8 +181,8 @@ def test_images(tmp_path):
         _row(4, retrieved_images=[]),
     ]
     data = _page(tmp_path, *rows, side=200).data
-    places = [(pair["images"], pair["retrieved"]) for pair in data["pairs"]]
-    assert places == [([0], [1]), ([1], [2]), ([3, 4], [5]), ([6], [6]), ([6], [])]
+    places = [[figure["images"] for figure in card["figures"]] for card in data["cards"]]
+    assert places == [[[0], [1]], [[1], [2]], [[3, 4], [5]], [[6], [6]], [[6], []]]
     head, image = _opened(data["images"][0])
     assert head == "data:image/jpeg;base64" and image.size == (200, 22)
     assert not data["images"][0]["small"]
@@ -196,7 +190,10 @@ def test_images(tmp_path):
     assert head == "data:image/png;base64" and data["images"][1]["small"]
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(_png(1)))))
     assert data["images"][3] == {"problem": "corrupt"}
-    assert [pair["labels"] for pair in data["pairs"]] == [[]] * 3 + [["both images the same"], []]
+    assert [pair["labels"][""] for pair in data["cards"]] == [[]] * 3 + [
+        ["both images the same"],
+        [],
+    ]
 
 
 def test_many_pairs_are_sampled_evenly(tmp_path):
@@ -206,22 +203,23 @@ def test_many_pairs_are_sampled_evenly(tmp_path):
         rows = [_row(number) for number in range(50 * part, 50 * part + 50)]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{part}.parquet", row_group_size=7)
     assert write_gallery(folder, tmp_path / "some.html", most=12) == (12, 100)
-    page = _Page((tmp_path / "some.html").read_text())
+    page = Gallery(tmp_path / "some.html")
     assert page.data["about"] == "12 of 100 pairs in set"
-    shown = [int(pair["id"].removeprefix("pair-")) for pair in page.data["pairs"]]
+    shown = [int(pair["id"].removeprefix("pair-")) for pair in page.data["cards"]]
     assert shown == [0, 9, 18, 27, 36, 45, 54, 63, 72, 81, 90, 99]
     assert write_gallery(folder, tmp_path / "all.html", most=0) == (100, 100)
-    page = _Page((tmp_path / "all.html").read_text())
-    assert [pair["id"] for pair in page.data["pairs"]] == [f"pair-{i}" for i in range(100)]
+    page = Gallery(tmp_path / "all.html")
+    assert [pair["id"] for pair in page.data["cards"]] == [f"pair-{i}" for i in range(100)]
 
 
 def test_data_sets_of_trl_are_shown(tmp_path):
     row = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "images": [_png(1)]}
-    (pair,) = _page(tmp_path, row).data["pairs"]
-    assert pair["id"] == "pairs.parquet:0" and pair["prompt"] == [["user", "What?"]]
-    assert (pair["retrieved"], pair["similarity"], pair["rank"]) == ([], None, None)
-    (pair,) = _page(tmp_path, row | {"prompt": None}).data["pairs"]
-    assert _joined(pair["chosen"]) == "(it has no prompt. Add one or remove the record.)"
+    (pair,) = _page(tmp_path, row).data["cards"]
+    assert pair["id"] == "pairs.parquet:0" and _texts(pair)[0] == [["", "What?"]]
+    assert pair["figures"][1] == {"caption": "Retrieved", "images": [], "note": "", "bar": None}
+    assert (pair["sort"]["similarity"], pair["sort"]["rank"]) == (None, None)
+    (pair,) = _page(tmp_path, row | {"prompt": None}).data["cards"]
+    assert joined(_texts(pair)[1]) == "(it has no prompt. Add one or remove the record.)"
 
 
 WORDS = st.lists(
@@ -233,7 +231,7 @@ WORDS = st.lists(
 @given(chosen=WORDS.map("".join), rejected=WORDS.map("".join))
 def test_differences(chosen, rejected):
     sides = difference(chosen, rejected)
-    assert [_joined(side) for side in sides] == [chosen, rejected]
+    assert [joined(side) for side in sides] == [chosen, rejected]
     shared = ["".join(text for text, changed in side if not changed).split() for side in sides]
     assert "".join(shared[0]) == "".join(shared[1])
     for side in sides:
@@ -272,7 +270,7 @@ def test_the_command(tmp_path, capsys):
     file, output = _file(tmp_path, *map(_row, range(3))), tmp_path / "new" / "page.html"
     assert main([str(file), "--output", str(output), "--most", "2", "--side", "64"]) == 0
     assert re.fullmatch(r"wrote .*page.html: 2 of 3 pairs, 0.0 MB\n", capsys.readouterr().out)
-    assert len(_Page(output.read_text()).data["pairs"]) == 2
+    assert len(Gallery(output).data["cards"]) == 2
     pq.write_table(pa.Table.from_pylist([{"note": "x"}]), tmp_path / "other.parquet")
     (tmp_path / "text.parquet").write_text("no Parquet")
     empty = _file(tmp_path, _row(), name="empty.parquet")
@@ -292,64 +290,45 @@ def test_the_command(tmp_path, capsys):
         assert problem in capsys.readouterr().err
 
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = Path(__file__).with_name("gallery_steps.js").read_text()
-
-
-def _dom(folder, page):
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
-        page.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-if BROWSER:  # defined only if there is a browser
-
-    def test_in_a_browser(tmp_path):
-        rows = [_row(number, visual_margin=number - 40.0) for number in range(45)]
-        rows[0]["chosen"] = EVIL
-        page = tmp_path / "page.html"
-        write_gallery(_file(tmp_path, *rows), page)
-        dom = _dom(tmp_path, page)
-        assert "<title>Preference pairs: pairs.parquet</title>" in dom
-        assert dom.count("<article>") == 20 and dom.count("<script") == 2
-        first = dom[dom.index("<article>") : dom.index("</article>")]
-        shown = re.sub(r"</?mark>", "", first)
-        assert html.escape(EVIL, quote=False) in shown and "<img src=x" not in dom
-
-        # A script added by a text is blocked. With a relaxed policy, it would run.
-        text = page.read_text()
-        (rule,) = re.findall(r"script-src '[^']*'", text)
-        driven = text.replace(rule, "script-src 'unsafe-inline'")
-        page.write_text(driven.replace("</body>", f"<script>{DRIVER}</script></body>"))
-        seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', _dom(tmp_path, page))[1]))
-        ids = lambda *numbers: [f"pair-{number}" for number in numbers]  # noqa: E731
-        assert seen == [
-            ["1–20 of 45", ids(0, 1, 2)],
-            ["21–40 of 45", ids(20, 21, 22)],
-            ["41–45 of 45", ids(40, 41, 42)],
-            ["21–40 of 45", ids(20, 21, 22)],
-            "search",
-            ["1–1 of 1", ids(41)],
-            ["", []],
-            ["1–20 of 45", ids(0, 1, 2)],
-            ["1–20 of 45", ids(44, 43, 42)],
-            ["1–20 of 45", ids(0, 5, 10)],
-            ["1–4 of 4", ids(41, 42, 43)],
-            ["red cat", "blue dog"],
-            [16, 16],
-        ]
-        page.write_text(text.replace("</body>", f"<script>{DRIVER}</script></body>"))
-        assert "data-seen" not in _dom(tmp_path, page)
+@needs_browser
+def test_in_a_browser(tmp_path):
+    rows = [_row(number, visual_margin=number - 40.0) for number in range(45)]
+    rows[0]["chosen"] = EVIL
+    page = tmp_path / "page.html"
+    write_gallery(_file(tmp_path, *rows), page)
+    opened = dom(page)
+    assert "<title>Preference pairs: pairs.parquet</title>" in opened
+    assert opened.count("<article>") == 20 and opened.count("<script") == 2
+    first = opened[opened.index("<article>") : opened.index("</article>")]
+    shown = re.sub(r"</?mark>", "", first)
+    assert html.escape(EVIL, quote=False) in shown and "<img src=x" not in opened
+    driver = Path(__file__).with_name("gallery_steps.js")
+    seen = operate(page, driver)
+    ids = lambda *numbers: [f"pair-{number}" for number in numbers]  # noqa: E731
+    assert seen == [
+        ["1–20 of 45", ids(0, 1, 2)],
+        ["21–40 of 45", ids(20, 21, 22)],
+        ["41–45 of 45", ids(40, 41, 42)],
+        ["21–40 of 45", ids(20, 21, 22)],
+        "search",
+        ["1–1 of 1", ids(41)],
+        ["", []],
+        ["1–20 of 45", ids(0, 1, 2)],
+        ["1–20 of 45", ids(44, 43, 42)],
+        ["1–20 of 45", ids(0, 5, 10)],
+        ["1–4 of 4", ids(41, 42, 43)],
+        ["red cat", "blue dog"],
+        [16, 16],
+    ]
+    # The policy blocks a script that a text would add.
+    assert operate(page, driver, relaxed=False) is None
 
 
 def test_columns_of_another_type_are_shown_as_text(tmp_path):
     odd = {"similarity": "near", "neighbour_rank": [1], "negative": b"x", "visual_margin": "1"}
-    (pair,) = _page(tmp_path, _row(**odd, judge=7, masked=[1])).data["pairs"]
-    assert pair["similarity"] is None and pair["rank"] is None and pair["negative"] == "b'x'"
+    (pair,) = _page(tmp_path, _row(**odd, judge=7, masked=[1])).data["cards"]
+    assert pair["sort"]["similarity"] is None and pair["sort"]["rank"] is None
+    assert pair["figures"][1]["caption"] == "B'x'"
 
 
 def test_the_command_reads_images_of_the_named_folder(tmp_path, capsys):
@@ -361,5 +340,7 @@ def test_the_command_reads_images_of_the_named_folder(tmp_path, capsys):
     for flags, shown in ([], 1), (["--image-folder", str(tmp_path / "images")], 2):
         assert main([file, "--output", str(page), *flags]) == 0
         assert page.read_text().count("data:image/png;base64") == shown
+        report = "Images that are not shown: 1 missing. Check --image-folder."
+        assert (report in capsys.readouterr().out) == (not flags)
     assert main([file, "--output", str(page), "--image-folder", "none"]) == 1
     assert "--image-folder none is not a folder" in capsys.readouterr().err

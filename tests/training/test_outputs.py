@@ -90,6 +90,7 @@ def _run(main, words, capsys):
         (evaluate.main, [*POPE[:-1], "file/x"]),
         (evaluate.main, [*CHAIR[:-1], "file"]),
         (evaluate.main, [*HALLUSION[:-1], "file/x"]),
+        (evaluate.main, ["gallery", "a", "b", "--output", "file/x.html"]),
         (evaluate.main, ["handoff", "--model", "m", "--output", "file/x"]),
         (cache.main, ["fill", "--pairs", "pope.json", "--reference-cache", "file/x"]),
         (export.main, ["--model", "m", "--output", "file/x"]),

@@ -1,0 +1,318 @@
+"""`python -m realign.evaluate gallery`: states by rule, selection, images, texts and the page."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+from galleries import EVIL, TAGS, Gallery, dom, joined, needs_browser, operate
+from PIL import Image
+
+from realign.evaluate import __main__ as evaluate
+from realign.evaluate.benchmarks import BENCHMARKS, Benchmark
+from realign.evaluate.gallery import write_gallery
+
+RANDOM = [  # id, label, answer of the first model, answer of the second model
+    ("fix", "yes", "No", "yes"),
+    ("break", "no", "no", "Yes, there is."),
+    ("words", "yes", "Yes, there is one.", "yes"),  # the rule `exact` reads no sentence
+    ("wrong", "no", "yes", "Yes"),
+    ("right", "yes", "yes", "yes"),
+]
+POPULAR = [("more", "no", "Yes", "no"), ("same", "no", "no", "no")]
+
+
+def _write(folder, name, model, lines, benchmark="pope"):
+    folder.mkdir(exist_ok=True)
+    rows = [{"asked": {"model": model}, "benchmark": benchmark}, *lines]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / f"{name}.jsonl"
+
+
+def _files(folder, name, table, models=("hub/base", "runs/rdpo"), **changes):
+    """Two files with the answers of both models to a table of questions."""
+    files = []
+    for place, (part, model) in enumerate(zip(("before", "after"), models, strict=True)):
+        lines = [
+            {"id": row[0], "question": f"Is there a {row[0]}?", "image": f"{row[0]}.png"}
+            | {"label": row[1], "answer": row[2 + place]}
+            | changes
+            for row in table
+        ]
+        files.append(_write(folder / part, name, model, lines))
+    return files
+
+
+def _page(folder, *files, **options):
+    report = write_gallery(*files, folder / "page.html", **options)
+    return Gallery(folder / "page.html"), report
+
+
+def _labels(page, rule):
+    return {card["id"]: card["labels"][rule] for card in page.data["cards"]}
+
+
+def test_states_totals_and_verdicts_by_rule(tmp_path):
+    page, report = _page(tmp_path, *_files(tmp_path, "random", RANDOM))
+    data = page.data
+    assert data["heading"] == "base → rdpo" and data["about"] == "5 questions in random"
+    assert _labels(page, "pope") == {
+        "fix": ["fixed", "answers differ", "image not shown"],
+        "break": ["broken", "answers differ", "image not shown"],
+        "words": ["both right", "answers differ", "image not shown"],
+        "wrong": ["both wrong", "answers differ", "image not shown"],
+        "right": ["both right", "image not shown"],
+    }
+    states = [labels[0] for labels in _labels(page, "exact").values()]
+    assert states == ["fixed", "broken", "fixed", "both wrong", "both right"]
+    totals = {rule: [number for _, number, _ in parts] for rule, parts in data["totals"].items()}
+    assert totals == {"pope": [1, 1, 1, 2], "exact": [2, 1, 1, 1], "word": [1, 1, 1, 2]}
+    assert "exact: 2 fixed, 1 broken, 1 both wrong, 1 both right" in report.splitlines()
+    table = [line.split() for line in data["figures"][1].splitlines()]
+    assert table[2][-6:] == ["exact", "5", "2", "1", "1", "1"]
+    words = data["cards"][2]
+    (turn,) = words["turns"]
+    assert turn["prompt"] == [["", "Is there a words?"], ["gold label", "yes"]]
+    first, second = turn["answers"]
+    assert (first["title"], second["title"]) == ("base", "rdpo")
+    assert joined(first["segments"]) == "Yes, there is one." and joined(second["segments"]) == "yes"
+    assert first["verdicts"]["exact"] == ["bad", "wrong"]
+    assert first["verdicts"]["word"] == second["verdicts"]["exact"] == ["good", "right"]
+    assert words["chips"] == [
+        {"name": "pope, word", "value": "right → right", "tone": ""},
+        {"name": "exact", "value": "wrong → right", "tone": "good"},
+    ]
+    assert [card["sort"]["changed"] for card in data["cards"]] == [1, 3, 4, 1, 0]
+
+
+def test_graded_scores_and_units_of_several_questions(tmp_path, monkeypatch):
+    """A score that rises is fixed. The lowest score of a unit counts, as in `compare`."""
+    rule = {"accuracy": lambda line: line["score"]}
+    unit = lambda line: line["id"].split("-")[0]  # noqa: E731
+    monkeypatch.setitem(BENCHMARKS, "graded", Benchmark("Graded", rule, unit))
+    scores = {"up": (0.3, 0.6), "down": (1.0, 0.9), "low": (0.3, 0.3), "high": (0.6, 0.6)}
+    scores |= {"turned-0": (1.0, 1.0), "turned-1": (0.0, 1.0)}
+    files = [
+        _write(
+            tmp_path,
+            f"file{place}",
+            "m",
+            [
+                {"id": name, "question": f"{name}?", "image": None, "answers": ["a", "b", "a"]}
+                | {"answer": "a", "score": pair[place]}
+                for name, pair in scores.items()
+            ],
+            "graded",
+        )
+        for place in range(2)
+    ]
+    page, report = _page(tmp_path, *files)
+    assert "accuracy: 2 fixed, 1 broken, 1 both wrong, 1 both right" in report
+    states = [card["labels"][""] for card in page.data["cards"]]
+    assert states == [["fixed"], ["broken"], ["both wrong"], ["both right"], ["fixed"]]
+    assert page.data["rules"] == [] and page.data["cards"][0]["chips"] == [
+        {"name": "accuracy", "value": "0.30 → 0.60", "tone": "good"}
+    ]
+    turned = page.data["cards"][-1]
+    asked = [turn["prompt"] for turn in turned["turns"]]
+    assert asked == [[["", f"turned-{i}?"], ["gold label", "a, b"]] for i in range(2)]
+    assert [a["note"] for a in turned["turns"][1]["answers"]] == ["score: 0.0", "score: 1.0"]
+    verdicts = [[a["verdicts"][""][1] for a in turn["answers"]] for turn in turned["turns"]]
+    assert verdicts == [["right", "right"], ["wrong", "right"]]
+    # Models of one name get the names of their files.
+    assert page.data["heading"] == "file0.jsonl → file1.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("models", "heading"),
+    [
+        (("llava-hf/llava-1.5-7b-hf", "runs/llava/"), "llava-1.5-7b-hf → llava"),
+        (("runs/a/model", "runs/b/model"), "a/model → b/model"),
+        (("m", "runs/m"), "m → runs/m"),
+        (("m", "m"), "before/random.jsonl → after/random.jsonl"),
+    ],
+)
+def test_names_of_models_are_distinct(tmp_path, models, heading):
+    page, _ = _page(tmp_path, *_files(tmp_path, "random", RANDOM, models))
+    assert page.data["heading"] == heading
+
+
+def test_changed_questions_are_selected_first(tmp_path):
+    kinds = ["right"] * 20 + ["wrong"] * 10 + ["fix", "break", "words"]
+    rows = {row[0]: row for row in RANDOM}
+    table = [(f"{kind}{i}", *rows[kind][1:]) for i, kind in enumerate(kinds)]
+    files = _files(tmp_path, "random", table)
+    page, report = _page(tmp_path, *files, most=8)
+    shown = [card["id"] for card in page.data["cards"]]
+    wrong = ["wrong20", "wrong22", "wrong24", "wrong27", "wrong29"]
+    assert shown == [*wrong, "fix30", "break31", "words32"]
+    note = (
+        "Questions shown: 3 of 3 fixed or broken by any rule, 5 of 10 both wrong, 0 of 20 both "
+        "right. Each part is sampled evenly (--most 8)."
+    )
+    assert note in report and note in page.data["notes"]
+    assert page.data["about"] == "8 of 33 questions in random"
+    totals = dict(pair[:2] for pair in page.data["totals"]["pope"])
+    assert totals == {"fixed": 1, "broken": 1, "both wrong": 10, "both right": 21}
+    shown = [card["id"] for card in _page(tmp_path, *files, most=2)[0].data["cards"]]
+    assert shown == ["fix30", "words32"]
+    page, report = _page(tmp_path, *files, most=0)
+    assert len(page.data["cards"]) == 33 and "Questions shown" not in report
+
+
+def test_images(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (900, 100)).save(images / "fix.png")
+    (images / "wrong.png").write_text("no image")
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    files = _files(tmp_path, "random", RANDOM)
+    for file in files:
+        text = file.read_text().replace('"break.png"', '"../secret.png"')
+        file.write_text(text.replace('"words.png"', "null"))
+    page, report = _page(tmp_path, *files, image_folder=images, side=100)
+    shown = {}
+    for card in page.data["cards"]:
+        for figure in card["figures"]:
+            (image,) = (page.data["images"][place] for place in figure["images"])
+            shown[card["id"]] = image.get("problem") or image["source"][:16]
+    assert shown == {
+        "fix": "data:image/jpeg;",
+        "break": "outside the folder",
+        "wrong": "corrupt",
+        "right": "missing",
+    }
+    assert page.data["cards"][0]["figures"][0]["note"] == "fix.png"
+    problem = "Images that are not shown: 1 outside the folder, 1 corrupt, 1 missing. Check --image"
+    assert problem in report and any(problem in note for note in page.data["notes"])
+    labels = _labels(page, "pope")
+    assert [name for name in labels if "image not shown" in labels[name]] == [
+        "break",
+        "wrong",
+        "right",
+    ]
+
+
+def test_texts_stay_texts(tmp_path):
+    rows = [(EVIL, "yes", EVIL, "x " + EVIL + " \ud800")]
+    plain, _ = _page(tmp_path, *_files(tmp_path, "random", RANDOM))
+    files = _files(tmp_path, "evil", rows, (EVIL, "b&<b>"), error=EVIL, odd={"a": [EVIL, None]})
+    page, _ = _page(tmp_path, *files)
+    assert page.elements[10:] == plain.elements[10:] and len(page.elements) == len(plain.elements)
+    assert {tag for tag, _ in page.elements} == set(TAGS)
+    (card,) = page.data["cards"]
+    assert joined(card["turns"][0]["answers"][0]["segments"]) == EVIL
+    assert joined(card["turns"][0]["answers"][1]["segments"]) == f"x {EVIL} ?"
+    assert "b&amp;&lt;b&gt;</title>" in page.text and "<img src=x" not in page.text
+    assert not re.search(r"https?:|url\(|@import|innerHTML|insertAdjacent|eval\(", page.text)
+
+
+def test_captions_and_failed_answers(tmp_path):
+    folders = [tmp_path / "before", tmp_path / "after"]
+    for folder, objects in zip(folders, (["dog"], []), strict=True):
+        line = {"id": "1", "question": "Describe it.", "image": "1.png", "answer": "A dog."}
+        _write(folder, "chair", "m", [line], "chair")
+        (folder / "chair-objects.json").write_text(json.dumps([line | {"hallucinated": objects}]))
+    _files(tmp_path, "random", RANDOM)
+    lines = (folders[1] / "random.jsonl").read_text().splitlines()
+    failed = json.loads(lines[1]) | {"answer": "", "error": "no reply in 60 s"}
+    (folders[1] / "random.jsonl").write_text(
+        "\n".join([lines[0], json.dumps(failed), *lines[2:]]) + "\n"
+    )
+    page, report = _page(tmp_path, *folders)
+    caption, asked = page.data["cards"][:2]
+    assert [answer["note"] for answer in caption["turns"][0]["answers"]] == [
+        "hallucinated: dog",
+        "hallucinated: none",
+    ]
+    # The rule `exact` does not exist for captions. They keep their own rule.
+    assert caption["labels"]["exact"][0] == "fixed" and caption["group"] == "chair"
+    assert caption["chips"][0]["name"] == "no hallucination"
+    assert page.data["rules"] == ["pope", "exact", "word"]
+    assert asked["turns"][0]["answers"][1]["note"] == "error: no reply in 60 s"
+    assert "no answer" in asked["labels"]["pope"] and "exact: 2 fixed" in report
+
+
+def test_answers_are_matched_by_id(tmp_path):
+    first, second = _files(tmp_path, "random", RANDOM)
+    head, *lines = second.read_text().splitlines()
+    second.write_text("\n".join([head, *lines[2:], *lines[:2]]) + "\n")
+    page, _ = _page(tmp_path, first, second)
+    assert [card["labels"]["pope"][0] for card in page.data["cards"]] == [
+        "fixed", "broken", "both right", "both wrong", "both right",
+    ]  # fmt: skip
+    for change, problem in (
+        (lambda t: t + lines[0] + "\n", "answers 'fix' twice"),
+        (lambda t: t.replace('"label": "no"', '"label": "yes"'), "different questions in .*: [0-9] differ"),
+        (lambda t: t.replace('"benchmark": "pope"', '"benchmark": "hallusionbench"'), "benchmarks"),
+        (lambda t: t.replace("Is there", "Are there"), "answer different questions in .*: 5 differ"),
+    ):
+        changed = tmp_path / "changed.jsonl"
+        changed.write_text(change(second.read_text()))
+        with pytest.raises(ValueError, match=problem):
+            write_gallery(first, changed, tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_the_command(tmp_path, capsys):
+    files = [*map(str, _files(tmp_path, "random", RANDOM))]
+    output = tmp_path / "new" / "page.html"
+    assert evaluate.main(["gallery", *files, "--output", str(output), "--most", "3"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"wrote .*page.html: 3 of 5 questions, 0.0 MB", printed[0])
+    assert printed[1:4] == [
+        "pope: 1 fixed, 1 broken, 1 both wrong, 2 both right",
+        "exact: 2 fixed, 1 broken, 1 both wrong, 1 both right",
+        "word: 1 fixed, 1 broken, 1 both wrong, 2 both right",
+    ]
+    assert printed[4].startswith("Questions shown: 3 of 3 fixed or broken by any rule, 0 of 1 both")
+    assert printed[5] == "Images that are not shown: 3 missing. Check --image-folder."
+    for words, problem in (
+        ([files[0], str(tmp_path / "none")], "there is no answers file or folder"),
+        ([*files, "--most", "-1"], "--most is -1; it must be 0 or more"),
+        ([*files, "--side", "8"], "side is 8; it must be at least 16"),
+        ([*files, "--image-folder", "none"], "--image-folder none is not a folder"),
+    ):
+        assert evaluate.main(["gallery", *words, "--output", str(tmp_path / "x.html")]) == 1
+        assert problem in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+
+
+@needs_browser
+def test_in_a_browser(tmp_path):
+    _files(tmp_path, "random", RANDOM)
+    _files(tmp_path, "popular", POPULAR)
+    page = tmp_path / "page.html"
+    write_gallery(tmp_path / "before", tmp_path / "after", page)
+    seen = operate(page, Path(__file__).with_name("gallery_steps.js"))
+    options = partial(_options, hidden=7)
+    everything = ["more", "same", "fix", "break", "words", "wrong", "right"]
+    pope, exact = options(2, 1, 1, 3, 5), options(3, 1, 1, 2, 5)
+    assert seen == [
+        [everything, pope],
+        ["All 7 questions", "fixed 2", "broken 1", "both wrong 1", "both right 3"],
+        ["Rule: pope", "Rule: exact", "Rule: word"],
+        ["All files", "popular", "random"],
+        [["more", "fix"], pope],
+        [["break"], pope],
+        [["wrong"], pope],
+        [["same", "words", "right"], pope],
+        [["more", "fix", "break", "words", "wrong"], pope],
+        [["more", "fix", "break", "words", "wrong"], exact],
+        ["All 7 questions", "fixed 3", "broken 1", "both wrong 1", "both right 2"],
+        [["more", "fix", "words"], exact],
+        ["fixed"] * 3,
+        ["base wrong", "rdpo right"],
+        ["Yes", "no"],
+        [["more"], _options(1, 0, 0, 1, 1, hidden=2)],
+        [["more", "same"], _options(1, 0, 0, 1, 1, hidden=2)],
+        [everything, exact],
+        [["words", "break", "more", "fix", "wrong", "same", "right"], exact],
+        True,
+    ]
+    assert "7 questions in 2 files" in dom(page)
+
+
+def _options(*counts, hidden):
+    names = ("fixed", "broken", "both wrong", "both right", "answers differ", "image not shown")
+    return [f"{name} ({count})" for name, count in zip(names, (*counts, hidden), strict=True)]
