@@ -90,7 +90,7 @@ def forest(file: str | Path, rows: Sequence[Row]) -> None:
             axes.spines[["top", "right", "left"]].set_visible(False)
             for edge in range(1, len(rules)):
                 axes.axhline(step * (edge - 0.5), color="#dddddd", lw=0.5)
-        label = _lines(f"difference to {rows[0].model}, points, 95 % interval")
+        label = _lines(f"points above {rows[0].model}, 95 % interval")
         panels[-1].set_xlabel(label, parse_math=False)
         # A label that starts with an underscore would be left out.
         shown = figure.legend(
