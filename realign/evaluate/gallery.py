@@ -309,6 +309,8 @@ def _failed(line: Mapping[str, Any]) -> bool:
 
 def _text(value: Any) -> str:
     """A value of an answers file as text, such as distinct names of a list."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(dict.fromkeys(map(_text, value))) or "none"
     return "none" if value is None else shorten(str(value))

@@ -90,7 +90,7 @@ def test_graded_scores_and_units_of_several_questions(tmp_path, monkeypatch):
     """A score that rises is fixed. The lowest score of a unit counts, as in `compare`."""
     rule = {"accuracy": lambda line: line["score"]}
     unit = lambda line: line["id"].split("-")[0]  # noqa: E731
-    monkeypatch.setitem(BENCHMARKS, "graded", Benchmark("Graded", rule, unit))
+    monkeypatch.setitem(BENCHMARKS, "graded", Benchmark("Graded", rule, unit=unit))
     scores = {"up": (0.3, 0.6), "down": (1.0, 0.9), "low": (0.3, 0.3), "high": (0.6, 0.6)}
     scores |= {"turned-0": (1.0, 1.0), "turned-1": (0.0, 1.0)}
     files = [
@@ -244,9 +244,15 @@ def test_answers_are_matched_by_id(tmp_path):
     ]  # fmt: skip
     for change, problem in (
         (lambda t: t + lines[0] + "\n", "answers 'fix' twice"),
-        (lambda t: t.replace('"label": "no"', '"label": "yes"'), "different questions in .*: [0-9] differ"),
+        (
+            lambda t: t.replace('"label": "no"', '"label": "yes"'),
+            "different questions in .*: [0-9] differ",
+        ),
         (lambda t: t.replace('"benchmark": "pope"', '"benchmark": "hallusionbench"'), "benchmarks"),
-        (lambda t: t.replace("Is there", "Are there"), "answer different questions in .*: 5 differ"),
+        (
+            lambda t: t.replace("Is there", "Are there"),
+            "answer different questions in .*: 5 differ",
+        ),
     ):
         changed = tmp_path / "changed.jsonl"
         changed.write_text(change(second.read_text()))

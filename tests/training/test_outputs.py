@@ -222,10 +222,7 @@ def test_answers_that_were_edited_are_named(place, capsys):
         ("[]\n", "is not a file of answers"),
         ('{"asked": {}}\n7\n', "is not a file of answers"),
         ('{"asked": {}}\n{"id": 3, "answer": "x"}\n', "line 2 has no id or no answer"),
-        (
-            '{"asked": {}}\n{"id": "3", "answer": "x", "label": "y"}\n',
-            "answer '3' has no image, question",
-        ),
+        ('{"asked": {}}\n{"id": "3", "answer": "x", "label": "y"}\n', "answer '3' has no question"),
     ):
         (place / "a.jsonl").write_text(text)
         assert fault in _run(evaluate.main, compare, capsys)
