@@ -34,7 +34,7 @@ def compare(args: argparse.Namespace) -> str:
     """
     kind = _check_outputs(args)
     paths = [Path(path) for path in (args.base, *args.models)]
-    names, found = distinct_names(paths), read_models(paths)
+    found, names = read_models(paths), distinct_names(paths)
     _check_overwritten(args, found)
     rows = _rows(names, found, args.seed)
     table, notes = _table(rows), [*_skipped(paths, found), *_notes(rows)]

@@ -144,7 +144,8 @@ def of_amber(folder: Path) -> dict[str, float]:
         if value.strip():
             found[f"{heading} {name}".strip()] = float(value)
         elif line.strip():
-            heading = name
+            groups = {"Gen": "captions", "Des": "all", "Exs": "existence"}
+            heading = groups.get(name[:3], name.lower())
     return found
 
 
