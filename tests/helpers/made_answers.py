@@ -41,9 +41,10 @@ VQA = (
     "12:30", "3/4", "john's", "johns", "it is red.", "stop sign", "stop-sign", "stop  sign",
     "$5.00",
     "$ 5.00", "5%", "A", "an", "what?", "what ?", "u.s.a.", "usa", "ten", "(left)", "left ;right",
-    "line\nbreak", "tab\tstop", "cant", "wouldnt've", "somebody'd", "o'clock".replace("'", ""), "\"quoted\"",
-    "e-mail",
-    "hello!", "hello ! you", "[x]", "x = 1", "a.b", "9.", ".5", "shes", "you're".replace("'", ""), "yall'll",
+    "line\nbreak", "tab\tstop", "cant", "wouldnt've", "somebody'd", "o'clock".replace("'", ""),
+    "\"quoted\"", "e-mail",
+    "hello!", "hello ! you", "[x]", "x = 1", "a.b", "9.", ".5", "shes",
+    "you're".replace("'", ""), "yall'll",
 )  # fmt: skip
 RELATION = {
     "person": ["people", "man", "woman"],
