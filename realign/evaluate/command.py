@@ -204,6 +204,11 @@ def ask(args: argparse.Namespace) -> str:
         file = {"file": name} if args.command == "pope" else {}
         rows = [file | row for row in report(lines, benchmark)]
         parts.setdefault(BENCHMARKS[benchmark].title, []).extend(rows)
+    if args.command == "amber" and len(parts) == 2:
+        (figures,), questions = parts.values()
+        for row in questions:  # the paper's score of both parts
+            both = (1 - figures["CHAIR"] + row["F1"]) / 2
+            row["AMBER score"] = both if row["group"] == "all" else None
     return _write_scores(args, parts)
 
 

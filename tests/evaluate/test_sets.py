@@ -376,6 +376,11 @@ def test_the_commands_write_answers_and_figures(tmp_path, images, amber_data, ca
         "amber-discriminative", "amber-generative",
     ]  # fmt: skip
     assert all("hallucinated" in line for line in answered["amber-generative"].lines)
+    parts = json.loads((output / "amber.json").read_text())["scores"]["parts"]
+    (captions,), rows = parts.values()
+    for row in rows:  # the paper's score: (1 - CHAIR + F1) / 2
+        score = (1 - captions["CHAIR"] + row["F1"]) / 2 if row["group"] == "all" else None
+        assert row["AMBER score"] == score
 
 
 @pytest.mark.parametrize(
