@@ -76,6 +76,17 @@ def test_a_stopped_run_resumes(questions, tmp_path):
     ]
 
 
+def test_batches_do_not_depend_on_earlier_answers(questions, tmp_path):
+    _ask(Counting(), [questions[3], questions[10]], tmp_path)
+    engine = Counting()
+    groups = []
+    engine.chats = lambda requests: (groups.append(r) or engine.chat(r) for r in requests)
+    _ask(engine, questions, tmp_path)
+    asked = [[chat.messages[0]["content"] for chat in group] for group in groups]
+    # The longest first, in twos: 10 and 11, 0 and 1, 2 and 3, ...
+    assert asked[:3] == [["11 ?"], ["0 ?", "1 ?"], ["2 ?"]] and len(asked) == 6
+
+
 def test_an_answer_with_unusual_line_ends_is_one_line(questions, tmp_path):
     engine = Counting()
     engine.chat = lambda requests: [Reply("a\u2028b\x85c\nd\u4e00")] * len(requests)

@@ -95,18 +95,18 @@ def test_mmstar_from_both_of_its_files(tmp_path):
 
 def test_mmbench_counts_a_question_whose_rotations_are_all_right(tmp_path):
     image = base64.b64encode(_png(3)).decode()
-    row = {"question": "Who?", "hint": "", "A": "Ann", "B": "Bob", "answer": "A", "image": "1"}
+    row = {"question": "Who?", "hint": "", "A": "Ann", "B": "Bob", "answer": "A", "image": "11"}
     rows = [
-        row | {"index": "1", "hint": "Look.", "image": image, "l2-category": "people"},
-        row | {"index": "2", "l2-category": "people"},
-        row | {"index": "1000001", "A": "Bob", "B": "Ann", "answer": "B", "l2-category": "people"},
-        row | {"index": "1000002", "A": "Bob", "B": "Ann", "answer": "B", "l2-category": "people"},
+        row | {"index": "11", "hint": "Look.", "image": image, "l2-category": "people"},
+        row | {"index": "21", "l2-category": "people"},
+        row | {"index": "1000011", "A": "Bob", "B": "Ann", "answer": "B", "l2-category": "people"},
+        row | {"index": "1000021", "A": "Bob", "B": "Ann", "answer": "B", "l2-category": "people"},
     ]
     questions = _only(sets.mmbench(_source(tmp_path, _tsv(tmp_path / "dev.tsv", rows))))
     assert questions[0].text == "Look.\nWho?\nA. Ann\nB. Bob"
     assert questions[3].text == "Who?\nA. Bob\nB. Ann"
-    assert [question.facts["unit"] for question in questions] == ["1", "2", "1", "2"]
-    assert len({question.image for question in questions}) == 1  # the image of row 1
+    assert [question.facts["unit"] for question in questions] == ["11", "21", "11", "21"]
+    assert len({question.image for question in questions}) == 1  # the image of row 11
     # Question 1 is right in both rotations. Question 2 is "A" in both.
     found = _rows("mmbench", questions, ["A", "A", "B", "A"])
     assert (found["all"]["questions"], found["all"]["accuracy"]) == (2, 0.5)

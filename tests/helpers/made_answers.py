@@ -25,6 +25,7 @@ LETTERS = (
     "The answer is{l}", "There is no option that fits. The answer is {l} or {m}",
     "{t} {t} {t} and a long answer with many words that never ends, which is not a choice at all",
     "I'm sorry, but without the image provided it is {l}", "Answer is ({l})", "{l}/{m}", "{l}-{t}",
+    "{l} is what I think", "{l} is my answer", "Z, it is {tl}",
 )  # fmt: skip
 YES_NO = (
     "Yes", "No", "yes", "no", "Yes.", "No.", "yes, there is", "No, there is not", "YES", "NO",
@@ -118,8 +119,9 @@ def yes_no() -> list[tuple[str, str]]:
 def vqa() -> list[tuple[str, list[str]]]:
     """(answer, answers of ten people)."""
     draw = random.Random(3)
-    made = []
-    for number in range(COUNT):
+    # Spellings that only one of the tables of contractions makes equal.
+    made = [("somebody'd", ["somebodyd"] * 9 + ["x"]), ("Shes", ["she's"] * 5 + ["shes"] * 5)]
+    for number in range(COUNT - len(made)):
         pool = draw.sample(VQA, draw.choice([1, 2, 3, 5]))
         if number % 2:  # spellings of one answer
             pool += [draw.choice(ARTICLES) + pool[0], pool[0].upper(), pool[0] + "."]
