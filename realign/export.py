@@ -38,6 +38,8 @@ class ExportConfig:
     check: str | None = None
     """Pairs to check the written folder with, as in `realign.train --pairs`. An --output that
     exists is checked and not written."""
+    split: str | None = None
+    """Split of --check, if it has several."""
     image_folder: str | None = None
     """Folder of the images of --check."""
     check_records: int = 8
@@ -63,6 +65,7 @@ class ExportConfig:
         if self.check_records < 1:
             raise ValueError(f"check_records is {self.check_records}; it must be at least 1.")
         for name, of, used in (
+            ("split", "check", self.check is not None),
             ("image_folder", "check", self.check is not None),
             ("check_records", "check", self.check is not None),
             ("private", "push", self.push is not None),
@@ -144,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target = push.prepare(config.push, private=config.private) if config.push else None
     records = None
     if config.check is not None:
-        records = first_records(config.check, config.image_folder, config.check_records)
+        records = first_records(
+            config.check, config.image_folder, config.check_records, split=config.split
+        )
     folder = Path(config.output or config.model)
     if target is not None and config.output is None:
         push.check_folder(folder)
