@@ -337,7 +337,8 @@ def _scores(vlm: PreTrainedModel, cases: Sequence[Case]) -> Scores:
                 f"record {case.name!r}: the log-probs of {vlm.name_or_path} are not finite. Check "
                 "its weights."
             )
-        ids = vlm.generate(**asked, do_sample=False, max_new_tokens=_ANSWER_TOKENS)
+        generate: Any = vlm.generate  # annotated as a tensor
+        ids = generate(**asked, do_sample=False, max_new_tokens=_ANSWER_TOKENS)
         answers.append(ids[0, asked["input_ids"].shape[1] :].tolist())
     torch.nn.Module.to(vlm, "cpu")
     return Scores(torch.cat(logps), answers)

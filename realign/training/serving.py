@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from peft import PeftType
+from peft import LoraConfig, PeftType
 from safetensors import safe_open
 
 from realign.modeling.adapter_config import read_adapter_config
@@ -117,7 +117,7 @@ def _lora(folder: Path) -> tuple[int, list[str]]:
     if not weights.is_file():
         return 0, ["this card was written before the adapter"]
     config = read_adapter_config(folder / "adapter_config.json")
-    if config.peft_type != PeftType.LORA:
+    if not isinstance(config, LoraConfig):
         return 0, [f"this adapter is of PEFT's kind {PeftType(config.peft_type).value}"]
     fields = {
         "use_dora": "it is a DoRA",

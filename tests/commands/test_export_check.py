@@ -185,7 +185,7 @@ def test_a_weak_adapter_that_was_merged_twice_is_named_so(other, tmp_path, check
     assert code == 1 and "of the adapter's change. The adapter may be merged twice" in text
     # Twice the change, or four times for tokens whose probability is near 1.
     assert 150 < int(re.search(r"has (\d+)% of", text)[1]) < 450
-    code, text = check(weak, tmp_path / "bf16", "--dtype", "bf16")
+    code, text = check(scaled(weak, tmp_path / "weaker", 0.1), tmp_path / "bf16", "--dtype", "bf16")
     assert code == 1 and "Rounding to bfloat16 loses the adapter's change. Export with" in text
 
 
