@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from realign.data.records import read_pairs, write_pairs
 from realign.digits import ASSETS
 from realign.modeling.loading import DTYPES
 from realign.training.export import export_whole
-from realign.training.export_check import check_export
+from realign.training.export_check import Scores, _check_written, check_export
 
 FEW = ("--check-records", "3")
 
@@ -185,8 +186,17 @@ def test_a_weak_adapter_that_was_merged_twice_is_named_so(other, tmp_path, check
     assert code == 1 and "of the adapter's change. The adapter may be merged twice" in text
     # Twice the change, or four times for tokens whose probability is near 1.
     assert 150 < int(re.search(r"has (\d+)% of", text)[1]) < 450
-    code, text = check(scaled(weak, tmp_path / "weaker", 0.1), tmp_path / "bf16", "--dtype", "bf16")
-    assert code == 1 and "Rounding to bfloat16 loses the adapter's change. Export with" in text
+
+
+def test_a_change_that_rounding_loses_fails():
+    """Planted in the log-probs: bf16 keeps a third of the change."""
+    change = torch.tensor([1e-4, -2e-4, 3e-4]).double()
+    before, exact, third = (Scores(logps, [[1]]) for logps in (0 * change, change, change / 3))
+    numbers = ("adapter", Path("merged"), torch.bfloat16, before, exact)
+    with pytest.raises(ValueError, match="has 33% of .* loses the adapter's change. Export with"):
+        _check_written(*numbers, third, third)
+    with pytest.raises(ValueError, match="has 33% of the adapter's change. Export the model again"):
+        _check_written(*numbers, exact, third)
 
 
 def test_an_adapter_on_the_model_that_it_was_merged_into_fails(adapter, merged, tmp_path, check):
