@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in check_export(config.model, folder, records):
             show(line)
     if target is not None:
-        show(f"uploaded {folder} to {push.upload(target, folder)}")
+        show(push.upload(target, folder))
     return 0
 
 

@@ -14,14 +14,17 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from realign.data.errors import shorten
 from realign.files import read_json
 
 _TOKEN = re.compile(r"\bhf_\w{8,}")
-_OF_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md")
-_OF_RUN = ("checkpoint-*", "trainer_state.json", "run.json")
+_OF_MODEL = [
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.bpe",
+    "*.md",
+]  # fmt: skip
+_OF_RUN = ["checkpoint-*", "trainer_state.json", "run.json"]
 _LOG_IN = "Run `hf auth login`, or set HF_TOKEN to a token with the right to write."
 
 
@@ -91,11 +94,15 @@ def check_folder(folder: Path) -> None:
     """Check that others can load a folder from the Hub.
 
     Raises:
-        ValueError: for a folder without a model, or an adapter whose base is a folder.
+        ValueError: for a folder without a model, a link to a file outside of it, or an adapter whose
+            base is a folder.
     """
     config = folder / "adapter_config.json"
     if not config.is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"--push: {folder} holds no model. Name the folder of one.")
+    for file in folder.rglob("*"):  # a link in the folder of a stranger may name a private file
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--push: {file} is a link to a file elsewhere. Replace it by a copy.")
     if not config.is_file():
         return
     base = read_json(config).get("base_model_name_or_path")
@@ -115,7 +122,7 @@ def upload(target: Target, folder: Path) -> str:
         folder: folder of the model. Files of other kinds and checkpoints are left out.
 
     Returns:
-        The address of the repository.
+        A line with the address of the repository, and the files that were left out.
 
     Raises:
         ValueError: when the Hub refuses. The message does not contain the token.
@@ -127,10 +134,14 @@ def upload(target: Target, folder: Path) -> str:
             repo_id=target.repo,
             folder_path=folder,
             commit_message="Upload a model and its card",
-            allow_patterns=list(_OF_MODEL),
-            ignore_patterns=list(_OF_RUN),
+            allow_patterns=_OF_MODEL,
+            ignore_patterns=_OF_RUN,
         )
-    return str(url)
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    kept = filter_repo_objects(files, allow_patterns=_OF_MODEL, ignore_patterns=_OF_RUN)
+    left_out = sorted(files.difference(kept))
+    text = f"uploaded {folder} to {url}"
+    return text + f"; left out {', '.join(left_out)}" * bool(left_out)
 
 
 @contextmanager

@@ -136,7 +136,10 @@ def test_a_folder_is_uploaded_with_the_token_in_one_header_only(hub, model, caps
     words = ["--model", str(model), "--push", "me/aligned", "--private"]
     assert export.main(words) == 0
     out, err = capsys.readouterr()
-    assert f"uploaded {model} to {hub.endpoint}/me/aligned" in out
+    line = (
+        f"uploaded {model} to {hub.endpoint}/me/aligned; left out checkpoint-1/model.safetensors, "
+    )
+    assert f"{line}training_args.bin\n" in out
     assert hub.repos == {"me/aligned": True}
     files = {f.name: f.read_bytes() for f in ASSETS.iterdir() if f.name != ".gitattributes"}
     assert hub.uploaded == files
@@ -170,6 +173,14 @@ def test_an_adapter_is_uploaded_if_its_base_is_on_the_hub(hub, other, tmp_path, 
     file.write_text(json.dumps(config))
     assert export.main(words) == 0
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= hub.uploaded.keys()
+
+
+def test_a_link_out_of_the_folder_is_not_uploaded(hub, model, tmp_path, capsys):
+    (tmp_path / "private.txt").write_text("mine")
+    (model / "merges.txt").symlink_to(tmp_path / "private.txt")
+    assert export.main(["--model", str(model), "--push", "me/aligned"]) == 1
+    assert "merges.txt is a link to a file elsewhere" in capsys.readouterr().err
+    assert not hub.uploaded
 
 
 READ = ACCOUNT | {"auth": {"accessToken": {"role": "read"}}}
