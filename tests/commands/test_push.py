@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -20,6 +21,14 @@ ACCOUNT = {
     "orgs": [{"name": "team"}],
     "auth": {"accessToken": {"role": "write", "displayName": "mine"}},
 }
+
+
+class Server(ThreadingHTTPServer):
+    """A server that does not report clients who close their connections."""
+
+    def handle_error(self, *address):
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*address)
 
 
 class Hub:
@@ -57,7 +66,7 @@ class Hub:
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         Thread(target=self.server.serve_forever, daemon=True).start()
 
