@@ -94,8 +94,8 @@ def check_folder(folder: Path) -> None:
     """Check that others can load a folder from the Hub.
 
     Raises:
-        ValueError: for a folder without a model, a link to a file elsewhere, or an adapter whose base
-            is a folder.
+        ValueError: for a folder without a model, a link to a file elsewhere, and an adapter whose
+            base is a folder.
     """
     config = folder / "adapter_config.json"
     if not config.is_file() and not (folder / "config.json").is_file():
