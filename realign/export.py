@@ -1,6 +1,8 @@
 """Export of a trained model as one folder with its card: `python -m realign.export --help`.
 
 python -m realign.export --model runs/rdpo/model --output merged
+python -m realign.export --model runs/rdpo/model --output merged --check pairs.parquet
+python -m realign.export --model merged --push OWNER/NAME
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from realign.files import read_json
 from realign.modeling.loading import DTYPES
 from realign.terminal import printable, show
 from realign.third_party import silence_third_party
+from realign.training import push
 from realign.training.export import export_whole
+from realign.training.export_check import check_export, first_records
 
 
 @dataclass
@@ -24,24 +28,67 @@ class ExportConfig:
     model: str | None = None
     """Folder or Hub name of an adapter or a whole model. Required."""
     output: str | None = None
-    """Folder to write: merged safetensors, the processor and the model card. Required."""
+    """Folder to write: merged safetensors, the processor and the model card. Required without
+    --push."""
     dtype: str | None = None
     """Dtype of the written weights. Without it, the dtype of the base."""
     metrics: str | None = None
     """JSON file of figures for the model card. `realign.evaluate --output` writes it: the file of
     the digits, or that of a benchmark, such as pope.json."""
+    check: str | None = None
+    """Pairs to check the written folder with, as in `realign.train --pairs`. An --output that
+    exists is checked and not written."""
+    split: str | None = None
+    """Split of --check, if it has several."""
+    image_folder: str | None = None
+    """Folder of the images of --check."""
+    check_records: int = 8
+    """Number of records to check with, the first ones with images."""
+    push: str | None = None
+    """OWNER/NAME of a repository on the Hub to upload the folder to. Without --output, the folder
+    of --model is uploaded as it is. The token is HF_TOKEN, or that of `hf auth login`."""
+    private: bool = False
+    """Create the repository of --push as a private one."""
 
     def __post_init__(self) -> None:
-        for name, needed in (("model", "a model"), ("output", "the folder to write")):
-            if getattr(self, name) is None:
-                raise ValueError(f"--{name} is missing. Give {needed}.")
-        if Path(str(self.output)).resolve() == Path.cwd():
+        if self.model is None:
+            raise ValueError("--model is missing. Give a model.")
+        if self.output is None and (self.push is None or self.check is not None):
+            raise ValueError("--output is missing. Give the folder to write.")
+        if self.output is not None and Path(self.output).resolve() == Path.cwd():
             raise ValueError(
                 f"--output is {self.output!r}, the current folder, which the export would replace. "
                 "Name another folder, such as ./merged."
             )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        if self.check_records < 1:
+            raise ValueError(f"check_records is {self.check_records}; it must be at least 1.")
+        for name, of, used in (
+            ("split", "check", self.check is not None),
+            ("image_folder", "check", self.check is not None),
+            ("check_records", "check", self.check is not None),
+            ("private", "push", self.push is not None),
+        ):
+            if not used and getattr(self, name) != getattr(ExportConfig, name):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} would have no effect without --{of}. Add --{of}.")
+        if not self.writes:
+            for name in ("dtype", "metrics"):
+                if getattr(self, name) is not None:
+                    where = f"{self.output} exists" if self.output else "there is no --output"
+                    raise ValueError(
+                        f"--{name} would have no effect, since {where} and no folder is written. "
+                        "Name a new --output."
+                    )
+
+    @property
+    def writes(self) -> bool:
+        """Whether a folder is written. One that exists is only checked."""
+        if self.output is None:
+            return False
+        folder = Path(self.output)
+        return self.check is None or not (folder.is_dir() and any(folder.iterdir()))
 
 
 def evaluation_of(file: Path) -> str:
@@ -83,18 +130,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m realign.export",
         usage="%(prog)s --model MODEL --output FOLDER [--config FILE] [options]",
         description="Write a trained model as one folder of safetensors, with its model card. An "
-        "adapter is merged into its base.",
+        "adapter is merged into its base. --check compares the folder with the model on records, "
+        "and --push uploads it.",
         example="python -m realign.export --model runs/llava/model --output llava-merged",
-        metavars={"output": "FOLDER", "metrics": "FILE", "dtype": tuple(DTYPES)},
+        metavars={
+            "output": "FOLDER",
+            "metrics": "FILE",
+            "dtype": tuple(DTYPES),
+            "check": "PAIRS",
+            "image_folder": "FOLDER",
+            "push": "OWNER/NAME",
+        },
         arguments=arguments,
     )["export"]
-    folder = export_whole(
-        config.model,
-        Path(config.output),
-        dtype=DTYPES[config.dtype] if config.dtype else None,
-        evaluation=evaluation_of(Path(config.metrics)) if config.metrics is not None else None,
-    )
-    show(f"wrote {folder}")
+    # Everything that can be refused is refused before the merge, which takes minutes.
+    target = push.prepare(config.push, private=config.private) if config.push else None
+    records = None
+    if config.check is not None:
+        records = first_records(
+            config.check, config.image_folder, config.check_records, split=config.split
+        )
+    folder = Path(config.output or config.model)
+    if target is not None and config.output is None:
+        push.check_folder(folder)
+    if config.writes:
+        export_whole(
+            config.model,
+            folder,
+            dtype=DTYPES[config.dtype] if config.dtype else None,
+            evaluation=evaluation_of(Path(config.metrics)) if config.metrics is not None else None,
+        )
+        show(f"wrote {folder}")
+    if records is not None:
+        for line in check_export(config.model, folder, records):
+            show(line)
+    if target is not None:
+        show(push.upload(target, folder))
     return 0
 
 

@@ -29,6 +29,7 @@ from realign.training.export import export_trained
 from realign.training.metrics import is_evaluation
 from realign.training.model_card import model_card, settings_of
 from realign.training.run_dir import check_outputs, sole_writer, steps_done
+from realign.training.serving import commands
 from realign.training.setup import Run, reference_pass, restore, set_up
 from realign.training.step import train_steps
 from realign.training.trackers import check_packages
@@ -124,13 +125,16 @@ def export(run: Run) -> Path:
     folder, log = output / "model", output / "metrics.jsonl"
     step = choose_weights(run)
 
-    def card() -> str:
+    def card(written: Path) -> str:
         entries = [entry for entry in read_jsonl(log) if entry["step"] == step]
+        adapter = run.adapter is not None and not config.run.merge
+        kind = inputs.model.vlm.config.model_type
         return model_card(
             inputs.objective.name,
             settings_of(config),
             base=inputs.base,
-            adapter=run.adapter is not None and not config.run.merge,
+            adapter=adapter,
+            commands=commands(written, adapter=adapter, base=inputs.base, model_type=kind),
             records=len(inputs.training),
             images=inputs.training_images,
             digests={about: run.digests[n] for n, about in _DIGESTS.items() if run.digests[n]},

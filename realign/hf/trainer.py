@@ -44,6 +44,7 @@ from realign.modeling.loading import adapter_base, load_model
 from realign.modeling.prefetch import builder
 from realign.training import metrics
 from realign.training.model_card import loss_settings, model_card, shown_name
+from realign.training.serving import commands
 from realign.training.step import Feed
 from realign_kernels import ReferenceCache, objectives
 
@@ -440,7 +441,7 @@ class RDPOTrainer(Trainer):
         self.processing_class.save_pretrained(folder)
         if self.references is not None:
             self._run_reference().save(folder, self._shift)
-        (folder / "README.md").write_text(self._card(), encoding="utf-8")
+        (folder / "README.md").write_text(self._card(folder), encoding="utf-8")
         torch.save(self.args, folder / "training_args.bin")
 
     @property
@@ -461,7 +462,7 @@ class RDPOTrainer(Trainer):
         if self.is_world_process_zero():
             (self._output_dir / "README.md").write_text(self._card(), encoding="utf-8")
 
-    def _card(self) -> str:
+    def _card(self, folder: Path | None = None) -> str:
         args, log, step = self.args, self.state.log_history, self._best_step
         logged = [line for line in log if "loss" in line and step in (None, line["step"])]
         digests = {"base weights": self._digest or adapters.base_digest(self.model.vlm)}
@@ -472,7 +473,13 @@ class RDPOTrainer(Trainer):
                 digests["reference weights"] = self._fingerprint["weights"]
         if args.projector_learning_rate:
             more["peak learning rate of the projector"] = args.projector_learning_rate
-        card = model_card(
+        adapter, place = self.adapter, "THIS_FOLDER"
+        folder = folder or self._output_dir
+        if adapter is not None:
+            place = str(adapters.place_of(adapter, place))
+            folder = adapters.place_of(adapter, folder)
+        kind = self.model.vlm.config.model_type
+        return model_card(
             self.objective.name,
             {
                 **loss_settings(args.loss),
@@ -486,17 +493,16 @@ class RDPOTrainer(Trainer):
                 "seed": args.seed,
             },
             base=self._base,
-            adapter=self.adapter is not None,
+            adapter=adapter is not None,
+            commands=commands(
+                folder, adapter=adapter is not None, base=self._base, model_type=kind, place=place
+            ),
             records=self._trained,
             images=len(self.store),
             digests=digests,
             last=logged[-1] if logged else {},
             held_out=self._held_out_facts(),
         )
-        if self.adapter is None:
-            return card
-        place = adapters.place_of(self.adapter, "THIS_FOLDER")
-        return card.replace('(base, "THIS_FOLDER")', f'(base, "{place}")')
 
     def _held_out_facts(self) -> dict[str, Any]:
         """Facts for the card about one evaluation set, if it was evaluated with these weights."""

@@ -20,8 +20,9 @@ from realign.modeling.loading import from_pretrained, load_model, load_processor
 from realign.modeling.merging import adapter_base, cast, merge, put_on
 from realign.modeling.model import ForestModel
 from realign.training.model_card import with_evaluation, without_adapter
+from realign.training.serving import commands
 
-_MOST_CARD = 16 << 20  # bytes
+MOST_CARD = 16 << 20  # bytes
 
 
 def stored_dtype(model: str) -> torch.dtype:
@@ -40,7 +41,7 @@ def export_trained(
     *,
     base: str,
     merged: bool,
-    card: Callable[[], str],
+    card: Callable[[Path], str],
 ) -> None:
     """Write a trained model to `folder`, for `AutoModelForImageTextToText` and `AutoProcessor`.
 
@@ -53,7 +54,7 @@ def export_trained(
         processor: saved beside the weights.
         base: folder or Hub name of the base model.
         merged: merge the adapter into the base and write whole weights, in the base's dtype.
-        card: returns the text of its README.md; called on rank 0.
+        card: returns the text of README.md for the written files; called on rank 0.
 
     Raises:
         CommonError: on all ranks, when rank 0 cannot write the folder (a ValueError on rank 0).
@@ -68,7 +69,7 @@ def export_trained(
             with _replaced(folder) as partial:
                 _save(partial, state, model, adapter, base if merged else None)
                 processor.save_pretrained(partial)
-                (partial / "README.md").write_text(card(), encoding="utf-8")
+                (partial / "README.md").write_text(card(partial), encoding="utf-8")
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
                 f"{folder} could not be written ({error}). The trained weights are kept in a "
@@ -109,12 +110,16 @@ def export_whole(
         raise ValueError(f"{folder} exists already and is not empty. Name another --output.")
     processor = load_processor(model)
     with _replaced(folder) as partial:
-        cast(load_model(model), dtype or stored_dtype(model)).save_pretrained(partial)
+        vlm = cast(load_model(model), dtype or stored_dtype(model))
+        vlm.save_pretrained(partial)
         processor.save_pretrained(partial)
         card = None
         if (old_card := Path(model) / "README.md").exists():
-            card = read_limited(old_card, _MOST_CARD).decode()
-            card = without_adapter(card) if adapter_base(model) else card
+            card = read_limited(old_card, MOST_CARD).decode()
+            if base := adapter_base(model):
+                kind = vlm.config.model_type
+                use = commands(partial, adapter=False, base=base, model_type=kind)
+                card = without_adapter(card, use)
         if evaluation is not None:
             evaluated = with_evaluation(card, evaluation) if card else None
             if evaluated == card:

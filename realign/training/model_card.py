@@ -21,16 +21,6 @@ _SHOWN = {
     "rewards/visual_margins": "mean margin of rewards, own image over retrieved",
 }
 _TAG = "preference-alignment"  # marks cards of this project
-_FULL_MODEL = """from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
-processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
-_ADAPTER = """from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-base = AutoModelForImageTextToText.from_pretrained("BASE")
-model = PeftModel.from_pretrained(base, "THIS_FOLDER")
-processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -69,7 +59,9 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def shown_name(model: str) -> str:
-    """A folder's name without its parents, or a Hub name."""
+    """A folder's name without its parents, or a Hub name. "" gives "Unnamed model"."""
+    if not model:
+        return "Unnamed model"
     return Path(model).name if Path(model).is_dir() else model
 
 
@@ -88,6 +80,7 @@ def model_card(
     *,
     base: str,
     adapter: bool,
+    commands: str,
     records: int,
     images: int,
     digests: Mapping[str, str],
@@ -101,6 +94,7 @@ def model_card(
         settings: further settings, shown unchanged.
         base: folder or Hub name of the model that was trained. A folder is shown by its name only.
         adapter: whether the folder holds an adapter instead of a whole model.
+        commands: Markdown with the commands to use it (`serving.commands`).
         records: number of preference records.
         images: number of distinct images in them.
         digests: digests of the base's weights and of the records, by the names to show.
@@ -108,7 +102,7 @@ def model_card(
         held_out: facts about held-out records (`evaluation.held_out_facts`), if there are any.
     """
     local = bool(base) and Path(base).is_dir()
-    name = shown_name(base) if base else "Unnamed model"
+    name = shown_name(base)
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         base_model=base if base and not local else None,
@@ -120,7 +114,7 @@ def model_card(
         template_path=str(Path(__file__).with_suffix(".md")),
         name=name,
         objective=objective,
-        code=(_ADAPTER if adapter else _FULL_MODEL).replace("BASE", name),
+        commands=commands,
         records=records,
         images=images,
         digests=digests,
@@ -138,16 +132,21 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
     return {about: metrics[key] for key, about in _SHOWN.items() if key in metrics}
 
 
-def without_adapter(card: str) -> str | None:
+def without_adapter(card: str, commands: str) -> str | None:
     """Turn an adapter's card into the card of the merged model.
 
     Returns None for a card by another trainer, whose text describes an adapter.
+
+    Args:
+        card: the text of the adapter's card.
+        commands: Markdown with the commands to use the merged model.
     """
-    if f"- {_TAG}\n" not in card or "```python\n" not in card:
+    front, code, rest = card.partition("```python\n")
+    _, data, rest = rest.partition("\n## Data\n")
+    if f"- {_TAG}\n" not in card or not code or not data:
         return None
-    front, code = card.split("```python\n", 1)
     front = front.replace("library_name: peft", "library_name: transformers", 1)
-    return f"{front}```python\n{_FULL_MODEL}\n```" + code.split("\n```", 1)[1]
+    return f"{front}{commands}\n{data}{rest}"
 
 
 def with_evaluation(card: str, section: str) -> str:

@@ -34,6 +34,9 @@ def test_exported_folders_have_cards_and_load_in_plain_transformers(pairs_file, 
         assert "| objective | rdpo |" in text and "| beta | 0.1 |" in text
         assert f"| torch | {torch.__version__} |" in text
         assert f"{len(read_pairs(pairs_file))} preference records with" in text
+        serve = "vllm serve assets --enable-lora --max-lora-rank 32 --lora-modules aligned=THIS_FO"
+        assert (serve in text) == (kind == "adapter")
+        assert ("vllm serve THIS_FOLDER\n" in text) == (kind != "adapter")
         code = text.split("```python\n")[1].split("```")[0]
         code = code.replace("THIS_FOLDER", str(folder)).replace(f'"{ASSETS.name}"', f'"{ASSETS}"')
         found: dict = {}
@@ -59,6 +62,7 @@ def test_a_card_of_a_model_on_the_hub():
             settings_of(TrainConfig()),
             base="llava-hf/llava-1.5-7b-hf",
             adapter=True,
+            commands="",
             records=11_000,
             images=22_000,
             digests={"records": "abc"},
@@ -81,6 +85,6 @@ def test_a_card_from_a_checkout_that_is_not_installed(monkeypatch):
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    about = {"adapter": True, "records": 1, "images": 1, "digests": {}, "last": {}}
+    about = {"adapter": True, "commands": "", "records": 1, "images": 1, "digests": {}, "last": {}}
     text = model_card("rdpo", settings_of(TrainConfig()), base="llava", **about)
     assert "| realign | not installed |" in text and f"| torch | {torch.__version__} |" in text

@@ -62,7 +62,9 @@ OPTIONS = {
         model=None output=None answers=None scenes=3000 batch_size=250 biased=False seed=0
         quiet=False""",
     DemoConfig: "output=demo seeds=1 steps=100 scenes=1024 evaluation_scenes=3000 nproc_per_node=2",
-    ExportConfig: "model=None output=None dtype=None metrics=None",
+    ExportConfig: """
+        model=None output=None dtype=None metrics=None check=None split=None image_folder=None
+        check_records=8 push=None private=False""",
     StudyConfig: "output=runs/study docs=docs testbed=both seeds=5 jobs=2 report=False",
 }
 TRAIN = (
