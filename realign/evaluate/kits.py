@@ -30,10 +30,10 @@ class Route(NamedTuple):
         return f"{self.name} chooses the class by the path {path}, which {verb} match {self.path}"
 
 
-_AUTO = {
-    "device_map": "auto"
-}  # llava_hf's own default is the empty string, which accelerate rejects
-_ANSWER = _AUTO | {"enable_thinking": False}  # a benchmark's 16 or 128 tokens end within a thought
+# The default of llava_hf is an empty string, which transformers rejects.
+_AUTO = {"device_map": "auto"}
+# The tasks allow 16 or 128 tokens, which end within a thought.
+_ANSWER = _AUTO | {"enable_thinking": False}
 _ACTIVE = r"A\d+B"  # such as Qwen3-VL-30B-A3B
 
 LMMS = {
@@ -74,8 +74,6 @@ _QWEN3_5 = _QWEN3 | {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 32768}
 _OMNI = "(?i)omni"
 
 VLMEVAL = {
-    "llava": Route("LLaVA_Next", {}, "(?i)interleave"),
-    "llava_next": Route("LLaVA_Next", {}, "(?i)interleave", matches=False),
     "llava_onevision": Route("LLaVA_OneVision_HF"),
     "qwen2_vl": Route("Qwen2VLChat", _QWEN2),
     "qwen2_5_vl": Route("Qwen2VLChat", _QWEN2 | {"use_custom_prompt": False}),
@@ -92,7 +90,11 @@ VLMEVAL = {
     "glm4v": Route("GLMThinking", {}, r"GLM-4\.1V"),
     "glm4v_moe": Route("GLMThinking", {}, r"GLM-4\.5V"),
 }
-"""Model type -> class of VLMEvalKit, with the settings of its entry in vlmeval/config.py."""
+"""Model type -> class of VLMEvalKit, with the settings of its entry in vlmeval/config.py.
+
+LLaVA_Next passes a prompt where processors of transformers 5 take images. InternVLChat, IDEFICS2
+and Aria fail with transformers 5.23, too.
+"""
 VLMEVAL_DATA = {
     "ImageYORNDataset": ("POPE", "MME", "HallusionBench"),
     "ImageMCQDataset": ("MMStar", "MMBench_DEV_EN", "RealWorldQA", "ScienceQA_TEST"),

@@ -33,7 +33,6 @@ WRAPPERS = {
     "vllm": ["smolvlm", "paligemma", "glm4v"],
 }
 CLASSES = {
-    "LLaVA_Next": ["llava", "llava_next"],
     "LLaVA_OneVision_HF": ["llava_onevision"],
     "Qwen2VLChat": ["qwen2_vl", "qwen2_5_vl"],
     "Qwen3VLChat": ["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"],
@@ -46,7 +45,6 @@ CLASSES = {
     "GLMThinking": ["glm4v", "glm4v_moe"],
 }
 NAMES = {  # parts of paths that a kit needs to choose the class
-    "llava": "interleave",
     "qwen3_vl_moe": "A3B",
     "qwen3_5_moe": "A3B",
     "glm46v": "GLM-4.6V-Flash",
@@ -155,7 +153,6 @@ def test_models_of_one_name_have_two_entries(hand_off):
         ("gemma3", "it's", "lmms-eval"),
         ("gemma3", "[x]", "lmms-eval"),
         ("llava", "", "VLMEvalKit"),
-        ("llava_next", "Interleave", "VLMEvalKit"),
         ("qwen3_vl", "Omni", "VLMEvalKit"),
         ("glm4v", "GLM-4.5V", "VLMEvalKit"),
         ("glm4v_moe", "", "VLMEvalKit"),
