@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +17,7 @@ from realign.modeling.merging import adapter_base
 from realign.training.export import export_whole
 
 _SPLIT = r"[,'\"{}\[\]\\]"  # characters that lmms-eval's --model_args reads as syntax
+_RENAME = "Rename or link that model, and run this command again."
 
 
 def hand_off(model: str, output: str | Path, base: str | None = None) -> str:
@@ -35,7 +37,8 @@ def hand_off(model: str, output: str | Path, base: str | None = None) -> str:
     """
     check_folder("--output", output)
     base, kind = _base_of(model, base)
-    output = export_whole(model, Path(output)).resolve()
+    # Not resolved: the kits choose classes by the name of a link.
+    output = Path(os.path.abspath(export_whole(model, Path(output))))
     dtype = from_pretrained(AutoConfig, output).dtype
     models = {"base": base, "aligned": str(output)}
     lines = [f"wrote {output} ({kind}, {str(dtype).removeprefix('torch.')}), base {base}"]
@@ -57,10 +60,8 @@ def _base_of(model: str, base: str | None) -> tuple[str, str]:
             f"--base: {base} is an adapter. Merge it (python -m realign.export), and pass the "
             "merged folder."
         )
-    if Path(base).is_dir():
-        base = str(Path(base).resolve())
-        if base == str(Path(model).resolve()):
-            raise ValueError(f"--base: {base} is also --model. Pass the model before training.")
+    if Path(base).resolve() == Path(model).resolve():
+        raise ValueError(f"--base: {base} is also --model. Pass the model before training.")
     kind = from_pretrained(AutoConfig, base, adapter=model if found else None).model_type
     own = kind if found else from_pretrained(AutoConfig, model).model_type
     if kind != own:
@@ -68,7 +69,7 @@ def _base_of(model: str, base: str | None) -> tuple[str, str]:
             f"--base: {base} has type {kind}, and {model} has type {own}. Pass the model before "
             "training."
         )
-    return base, kind
+    return os.path.abspath(base) if Path(base).is_dir() else base, kind
 
 
 def _lmms_eval(kind: str, models: dict[str, str]) -> list[str]:
@@ -80,11 +81,11 @@ def _lmms_eval(kind: str, models: dict[str, str]) -> list[str]:
     route = kits.LMMS.get(kind, kits.LMMS_OTHER)
     for path in models.values():
         if reason := route.wrong_path(path):
-            return [f"lmms-eval: no command. {reason}. Rename or link that model."]
+            return [f"lmms-eval: no command. {reason}. {_RENAME}"]
         if re.search(_SPLIT, path):
             return [
                 f"lmms-eval: no command. --model_args splits the path {path} at , ' \" \\ and "
-                "brackets. Rename or link that model."
+                f"brackets. {_RENAME}"
             ]
     vllm = route is kits.LMMS_OTHER
     lines = []
@@ -112,7 +113,7 @@ def _vlmevalkit(kind: str, models: dict[str, str], output: Path) -> list[str]:
         ]
     for path in models.values():
         if reason := route.wrong_path(path):
-            return [f"VLMEvalKit: no configuration. {reason}. Rename or link that model."]
+            return [f"VLMEvalKit: no configuration. {reason}. {_RENAME}"]
     before, after = Path(models["base"]).name, output.name
     names = {"base": before if before != after else f"{before}-base", "aligned": after}
     entries = {

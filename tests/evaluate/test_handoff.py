@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from realign.digits import ASSETS
 from realign.evaluate import __main__ as evaluate
 from realign.evaluate import handoff, kits
 from realign.modeling.layouts import TESTED
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "lmms_eval"
 
 # From the sources of lmms-eval 0.7.3 and VLMEvalKit: types that a wrapper or class loads.
 WRAPPERS = {
@@ -198,6 +201,20 @@ def test_a_whole_model_needs_its_base(other, tmp_path, capsys):
         assert evaluate.main(words) == 1
         assert message in capsys.readouterr().err
         assert not output.exists()
-    words = ["handoff", "--model", whole, "--base", str(ASSETS), "--output", str(output)]
+    link = tmp_path / "Base-A3B"
+    link.symlink_to(ASSETS)
+    words = ["handoff", "--model", whole, "--base", str(link), "--output", str(output)]
     assert evaluate.main(words) == 0
-    assert f"pretrained={ASSETS},device_map" in capsys.readouterr().out
+    assert f"pretrained={link},device_map" in capsys.readouterr().out
+
+
+def test_the_example_asks_ten_questions_about_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["make_digits.py", "digits"])
+    runpy.run_path(str(EXAMPLE / "make_digits.py"))
+    docs = [json.loads(line) for line in Path("digits/pope.json").read_text().splitlines()]
+    assert [doc["label"] for doc in docs] == ["yes", "no"] * 5
+    task = runpy.run_path(str(EXAMPLE / "digits_task.py"))
+    assert [task["images"](doc)[0].size for doc in docs] == [(16, 16)] * 10
+    scores = [task["score"](docs[0], [text])["digits_accuracy"] for text in (" Yes\n", "no", "")]
+    assert scores == [1, 0, 0]
