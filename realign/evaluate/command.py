@@ -270,7 +270,7 @@ def captions(args: argparse.Namespace) -> str:
 
 def handoff(args: argparse.Namespace) -> str:
     """Write a model folder for lmms-eval and VLMEvalKit."""
-    return hand_off(args.model, args.output)
+    return hand_off(args.model, args.output, args.base)
 
 
 def _sheet(
@@ -484,6 +484,12 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         help="Folder or Hub name. An adapter is merged into its base. Required.",
+    )
+    command.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="Folder or Hub name of the model before training. Required unless --model is an "
+        "adapter, which names its base.",
     )
     command.add_argument(
         "--output", required=True, metavar="FOLDER", help="Folder to write. Required."

@@ -1,69 +1,134 @@
-"""Hand-off of a trained model to lmms-eval and VLMEvalKit: folder, command and configuration."""
+"""Hand-off of a trained model and its base to lmms-eval and VLMEvalKit: commands, configuration."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from realign.files import write_whole
+from realign.evaluate import kits
+from realign.files import check_folder, write_whole
 from realign.modeling.loading import from_pretrained
+from realign.modeling.merging import adapter_base
 from realign.training.export import export_whole
 
-_LMMS = {  # transformers' model type -> the wrapper of lmms-eval for it
-    "llava": "llava_hf",
-    "llava_next": "llava_hf",
-    "llava_onevision": "llava_hf",
-    "qwen2_vl": "qwen2_vl",
-    "qwen2_5_vl": "qwen2_5_vl",
-    "qwen3_vl": "qwen3_vl",
-    "gemma3": "gemma3",
-}
-_VLMEVAL = {  # transformers' model type -> the class of VLMEvalKit for it
-    "llava_next": "LLaVA_Next",
-    "qwen2_vl": "Qwen2VLChat",
-    "qwen2_5_vl": "Qwen2VLChat",
-    "qwen3_vl": "Qwen3VLChat",
-    "gemma3": "Gemma3",
-}
-_TASKS = ("pope", "hallusion_bench_image", "mme")
-_DATA = ("POPE", "HallusionBench", "MME")  # of VLMEvalKit's class ImageYORNDataset
+_SPLIT = r"[,'\"{}\[\]\\]"  # characters that lmms-eval's --model_args reads as syntax
+_RENAME = "Rename or link that model, and run this command again."
 
 
-def hand_off(model: str, output: str | Path) -> str:
-    """Write a merged model folder and the settings to evaluate it with other tools.
+def hand_off(model: str, output: str | Path, base: str | None = None) -> str:
+    """Write a merged model folder, and the settings to evaluate it and its base in other tools.
 
     Args:
         model: folder or Hub name. An adapter is merged into its base.
         output: folder to write, with the complete model, its processor and vlmevalkit.json.
+        base: folder or Hub name of the model before training, for a `model` that is no adapter.
 
     Returns:
         The commands to run, one per line.
 
     Raises:
-        ValueError: if `output` is not empty, or there is no model at `model`.
+        ValueError: if `output` is not empty, there is no model at `model`, or its base is unknown,
+            is an adapter or has another type.
     """
-    output = export_whole(model, Path(output))
-    config = from_pretrained(AutoConfig, output)
-    kind, dtype = config.model_type, config.dtype
-    place = str(output.resolve())
-    lines = [f"wrote {output} ({kind}, {str(dtype).removeprefix('torch.')})"]
-    if (wrapper := _LMMS.get(kind)) is None:
-        lines.append(f"lmms-eval: no wrapper for {kind} is known. See its list of models.")
-    else:
-        command = ["python", "-m", "lmms_eval", "--model", wrapper, "--model_args"]
-        command += [f"pretrained={place}", "--tasks", ",".join(_TASKS), "--batch_size", "1"]
-        lines.append(f"lmms-eval: {shlex.join([*command, '--output_path', 'lmms-eval'])}")
-    if (name := _VLMEVAL.get(kind)) is None:
-        lines.append(f"VLMEvalKit: no class for {kind} is known. See its list of models.")
-    else:
-        entries = {
-            "model": {output.name: {"class": name, "model_path": place}},
-            "data": {data: {"class": "ImageYORNDataset", "dataset": data} for data in _DATA},
-        }
-        write_whole(output / "vlmevalkit.json", json.dumps(entries, indent=2) + "\n")
-        lines.append(f"VLMEvalKit: python run.py --config {shlex.quote(place)}/vlmevalkit.json")
-    lines.append("Both need separate environments. Neither was run with this folder.")
-    return "\n".join(lines)
+    check_folder("--output", output)
+    base, kind = _base_of(model, base)
+    # Not resolved: the kits choose classes by the name of a link.
+    output = Path(os.path.abspath(export_whole(model, Path(output))))
+    dtype = from_pretrained(AutoConfig, output).dtype
+    models = {"base": base, "aligned": str(output)}
+    lines = [f"wrote {output} ({kind}, {str(dtype).removeprefix('torch.')}), base {base}"]
+    return "\n".join([*lines, *_lmms_eval(kind, models), *_vlmevalkit(kind, models, output)])
+
+
+def _base_of(model: str, base: str | None) -> tuple[str, str]:
+    """Path or Hub name of a model's base, and the type of both."""
+    found = adapter_base(model)
+    if found and base:
+        raise ValueError(f"--base: {model} is an adapter and names its base {found}. Omit --base.")
+    if not (base := found or base):
+        raise ValueError(
+            f"--base: {model} holds whole weights, which name no base. Pass the folder or Hub name "
+            "of the model before training."
+        )
+    if adapter_base(base):
+        raise ValueError(
+            f"--base: {base} is an adapter. Merge it (python -m realign.export), and pass the "
+            "merged folder."
+        )
+    if Path(base).resolve() == Path(model).resolve():
+        raise ValueError(f"--base: {base} is also --model. Pass the model before training.")
+    kind = from_pretrained(AutoConfig, base, adapter=model if found else None).model_type
+    own = kind if found else from_pretrained(AutoConfig, model).model_type
+    if kind != own:
+        raise ValueError(
+            f"--base: {base} has type {kind}, and {model} has type {own}. Pass the model before "
+            "training."
+        )
+    return os.path.abspath(base) if Path(base).is_dir() else base, kind
+
+
+def _lmms_eval(kind: str, models: dict[str, str]) -> list[str]:
+    """Commands of lmms-eval, one per model.
+
+    Each model has its own --output_path: the answers of lmms-eval's judges in that folder are
+    read for any later model.
+    """
+    route = kits.LMMS.get(kind, kits.LMMS_OTHER)
+    for path in models.values():
+        if reason := route.wrong_path(path):
+            return [f"lmms-eval: no command. {reason}. {_RENAME}"]
+        if re.search(_SPLIT, path):
+            return [
+                f"lmms-eval: no command. --model_args splits the path {path} at , ' \" \\ and "
+                f"brackets. {_RENAME}"
+            ]
+    vllm = route is kits.LMMS_OTHER
+    lines = []
+    for name, path in models.items():
+        settings = {"model" if vllm else "pretrained": path} | route.settings
+        command = ["python", "-m", "lmms_eval", "--model", route.name]
+        command += ["--model_args", ",".join(f"{key}={value}" for key, value in settings.items())]
+        command += ["--tasks", ",".join(kits.LMMS_TASKS), "--batch_size", "1", "--log_samples"]
+        command += ["--output_path", f"{models['aligned']}-scores/lmms-eval/{name}"]
+        lines.append(f"lmms-eval, {name}: {shlex.join(command)}")
+    needs = f"vLLM with support for {kind}" if vllm else "decord"
+    lines.append(f"lmms-eval: install lmms_eval==0.7.3, 'filelock<4.3' and {needs}.")
+    lines.append(
+        "lmms-eval: hallusion_bench_image is left out. It asks a GPT judge, and a judge that does "
+        "not answer counts as a wrong answer. Use `realign.evaluate hallusionbench`."
+    )
+    return lines
+
+
+def _vlmevalkit(kind: str, models: dict[str, str], output: Path) -> list[str]:
+    """Write vlmevalkit.json with both models. Returns the command that reads it."""
+    if (route := kits.VLMEVAL.get(kind)) is None:
+        return [
+            f"VLMEvalKit: no class loads a {kind} folder. Serve both models, see docs/serve.md."
+        ]
+    for path in models.values():
+        if reason := route.wrong_path(path):
+            return [f"VLMEvalKit: no configuration. {reason}. {_RENAME}"]
+    before, after = Path(models["base"]).name, output.name
+    names = {"base": before if before != after else f"{before}-base", "aligned": after}
+    entries = {
+        "model": {
+            names[key]: {"class": route.name, "model_path": path} | route.settings
+            for key, path in models.items()
+        },
+        "data": {
+            name: {"class": data, "dataset": name}
+            for data, sets in kits.VLMEVAL_DATA.items()
+            for name in sets
+        },
+    }
+    file = output / "vlmevalkit.json"
+    write_whole(file, json.dumps(entries, indent=2) + "\n")
+    command = ["python", "run.py", "--config", str(file), "--judge", "exact_matching"]
+    command += ["--work-dir", f"{output}-scores/vlmevalkit"]
+    return [f"VLMEvalKit, both: {shlex.join(command)}"]

@@ -45,7 +45,7 @@ RUN_BY = {
     "docs/reference-cache.md": "commands/test_cache_command.py",
 }
 """Pages whose Python blocks another test runs."""
-FOREIGN = {"vllm", "wget", "unzip", "curl", "git", "cd", "source"}
+FOREIGN = {"vllm", "lmms-eval", "wget", "unzip", "curl", "git", "cd", "source"}
 """Programs of others, whose arguments are not checked."""
 TOOLS = {"pip", "pre-commit"}  # in .venv/bin
 

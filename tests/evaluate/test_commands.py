@@ -5,16 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from runs import arguments
-from transformers import AutoModelForImageTextToText
 
-from realign.config import parse
 from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
 from realign.evaluate import __main__ as evaluate
 from realign.evaluate import answering, tables
 from realign.pairs.engines import Chat, Engine, Reply
-from realign.train import train
 
 QUESTIONS = 12
 
@@ -258,20 +254,6 @@ def test_hallusionbench_from_its_file(questions, tmp_path, capsys):
     answers = answering.read_answers(tmp_path / "out" / "hallusionbench.jsonl")
     right = [line["answer"] == "no" for line in answers]
     assert rows["exact"]["question"] == pytest.approx(sum(right) / QUESTIONS)
-
-
-def test_a_model_is_handed_off_merged(pairs_file, tmp_path, capsys):
-    output, merged = tmp_path / "run", tmp_path / "merged"
-    train(parse(arguments(pairs_file, output, steps=2)))
-    words = ["handoff", "--model", str(output / "model"), "--output", str(merged)]
-    assert evaluate.main(words) == 0
-    printed = capsys.readouterr().out
-    assert f"lmms_eval --model llava_hf --model_args pretrained={merged} --tasks pope" in printed
-    assert "no class for llava is known" in printed
-    model = AutoModelForImageTextToText.from_pretrained(merged)
-    assert not any("lora" in name for name in model.state_dict())
-    assert evaluate.main(words) == 1
-    assert "not empty. Name another --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
