@@ -113,7 +113,7 @@ def evaluation_of(file: Path) -> str:
         raise ValueError(
             f"{file} does not exist. Run realign.evaluate with --output to write it."
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{file} holds no figures of `realign.evaluate --output` ({error!r}). Give its JSON "
             "file for digits, or the JSON file of a benchmark, such as pope.json."

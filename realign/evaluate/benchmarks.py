@@ -122,8 +122,10 @@ _CAPTIONS = {"no hallucination": _no_hallucination}
 _LABEL, _OPTIONS = ("label",), ("label", "options")
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "pope": Benchmark("POPE", _YES_NO, _LABEL),
-    "hallusionbench": Benchmark("HallusionBench", _YES_NO, _LABEL),
+    "pope": Benchmark("POPE, by each rule for yes and no", _YES_NO, _LABEL),
+    "hallusionbench": Benchmark(
+        "HallusionBench, scored by rules instead of the leaderboard's judge", _YES_NO, _LABEL
+    ),
     "chair": Benchmark("CHAIR", _CAPTIONS),
     "amber-generative": Benchmark("AMBER, captions", _CAPTIONS),
     "amber-discriminative": Benchmark("AMBER, yes or no", _YES_NO, _LABEL),
@@ -193,6 +195,7 @@ def _figures(lines: Sequence[Line], name: str, rule: str) -> dict[str, Any]:
             [BENCHMARKS[name].rules[rule](line) > 0 for line in lines], lines
         )
         figures = {key.replace("_", " "): value for key, value in asdict(found).items()}
+        figures["all questions"] = figures.pop("question")
     if name == "amber-discriminative":
         verdicts = [yesno.RULES[rule](line["answer"]) for line in lines]
         figures |= amber.discriminative([line["label"] for line in lines], verdicts)

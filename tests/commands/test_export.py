@@ -16,8 +16,6 @@ from realign.digits import ASSETS
 from realign.modeling.loading import load_model, load_processor
 from realign.train import train
 
-YES_NO = {"accuracy": 0.5, "precision": 1.0, "recall": 0.25, "f1": 0.4, "yes_rate": 0.125}
-HALLUSION = {"question_pair": 0.25, "figure": 0.5, "easy": 0.375, "hard": 1.0, "question": 0.75}
 RATES = {"hallucination_rate": {"value": 0.113, "low": 0.106, "high": 0.12}}
 
 
@@ -78,37 +76,41 @@ def test_a_merged_run_keeps_the_dtype_of_its_base(adapter, pairs_file, tmp_path,
 
 FIGURES = [
     (
-        {"coco_pope_random": {"word": {"rule": "word", "questions": 8, "unread": 0.5} | YES_NO}},
-        """POPE, by each rule for reading yes and no:
+        {"POPE": [{"file": "random", "rule": "word", "questions": 8, "accuracy": 0.5, "F1": 0.4}]},
+        """POPE:
 
-| file | rule | questions | accuracy | F1 | precision | recall | yes | neither |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
-| coco_pope_random | word | 8 | 50.00 % | 40.00 % | 100.00 % | 25.00 % | 12.50 % | 50.00 % |""",
-    ),
-    (
-        {"synonyms": "mine/synonyms.txt", "captions": 4, "mentions": 8}
-        | {"chair_s": 0.5, "chair_i": 0.125, "recall": 0.75},
-        """CHAIR, objects by synonyms.txt:
-
-| captions | mentions | CHAIR-s | CHAIR-i | recall |
+| file | rule | questions | accuracy | F1 |
 | --- | --- | --- | --- | --- |
-| 4 | 8 | 50.00 % | 12.50 % | 75.00 % |""",
+| random | word | 8 | 50.00 % | 40.00 % |""",
     ),
     (
-        {"exact": HALLUSION | {"easy": float("nan")}},
-        """HallusionBench, scored by rules instead of the leaderboard's judge:
+        {
+            "MME": [
+                {"rule": "word", "group": "cognition", "score": 290.123, "accuracy": None},
+                {"rule": "word", "group": "code_reasoning", "score": 55.0, "accuracy": 0.125},
+            ],
+            "CHAIR": [{"captions": 4, "CHAIR-s": float("nan")}],
+        },
+        """MME:
 
-| rule | question pair | figure | easy | hard | all questions |
-| --- | --- | --- | --- | --- | --- |
-| exact | 25.00 % | 50.00 % | nan % | 100.00 % | 75.00 % |""",
+| rule | group | score | accuracy |
+| --- | --- | --- | --- |
+| word | cognition | 290.12 |  |
+| word | code_reasoning | 55.00 | 12.50 % |
+
+CHAIR:
+
+| captions | CHAIR-s |
+| --- | --- |
+| 4 | nan % |""",
     ),
 ]
 
 
-@pytest.mark.parametrize(("scores", "shown"), FIGURES, ids=["pope", "chair", "hallusionbench"])
+@pytest.mark.parametrize(("scores", "shown"), FIGURES, ids=["one", "several"])
 def test_benchmark_figures_in_a_card(tmp_path, scores, shown):
     file = tmp_path / "figures.json"
-    file.write_text(json.dumps({"model": "runs/rdpo/model", "scores": scores}))
+    file.write_text(json.dumps({"model": "runs/rdpo/model", "scores": {"parts": scores}}))
     assert export.evaluation_of(file) == shown
 
 
@@ -148,10 +150,18 @@ def test_invalid_exports_are_reported_and_write_nothing(adapter, tmp_path, capsy
     assert "dtype is 'fp8'" in refused(*to, "--dtype", "fp8")
     bad = tmp_path / "bad.json"
     assert "Run realign.evaluate with --output" in refused(*to, "--metrics", str(bad))
-    for text in ('{"f1": 0.5}', "{}", "[1]", '{"scores": {}}', '{"scores": {"word": {"f1": 1}}}'):
+    for text in (
+        '{"f1": 0.5}',
+        "{}",
+        "[1]",
+        '{"scores": {}}',
+        '{"scores": {"word": {"f1": 1}}}',
+        '{"scores": {"parts": {"x": []}}}',
+        '{"scores": {"parts": {"x": [{"a": 1}, {"b": 1}]}}}',
+    ):
         bad.write_text(text)
         printed = refused(*to, "--metrics", str(bad))
-        assert "holds no figures" in printed and "or pope.json, chair.json" in printed
+        assert "holds no figures" in printed and "such as pope.json" in printed
     good = tmp_path / "good.json"
     good.write_text(json.dumps(RATES))
     no_card = ("--model", str(ASSETS), "--output", str(target), "--metrics", str(good))

@@ -249,11 +249,13 @@ def test_hallusionbench_from_its_file(questions, tmp_path, capsys):
     assert evaluate.main(["hallusionbench", str(tmp_path / "hb.json"), *flags]) == 0
     assert "question pair" in capsys.readouterr().out
     scores = json.loads((tmp_path / "out" / "hallusionbench.json").read_text())["scores"]
-    rows = {row["rule"]: row for row in scores["parts"]["HallusionBench"]}
+    (title,) = scores["parts"]
+    assert title == "HallusionBench, scored by rules instead of the leaderboard's judge"
+    rows = {row["rule"]: row for row in scores["parts"][title]}
     assert list(rows) == ["pope", "exact", "word"]
     answers = answering.read_answers(tmp_path / "out" / "hallusionbench.jsonl")
     right = [line["answer"] == "no" for line in answers]
-    assert rows["exact"]["question"] == pytest.approx(sum(right) / QUESTIONS)
+    assert rows["exact"]["all questions"] == pytest.approx(sum(right) / QUESTIONS)
 
 
 @pytest.mark.parametrize(
