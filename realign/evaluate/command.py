@@ -52,6 +52,7 @@ class Asked:
         files: what to give, for the help.
         example: arguments of an example.
         suffix: text appended to every question by default.
+        images: image folder of an example.
         max_tokens: default limit on an answer.
         several: whether several files may be given.
     """
@@ -61,6 +62,7 @@ class Asked:
     files: str
     example: str
     suffix: str = sets.LETTER
+    images: str = "images"
     max_tokens: int = 16
     several: bool = True
 
@@ -72,6 +74,7 @@ ASKED = {
         "POPE file, such as coco_pope_random.json.",
         "coco_pope_random.json",
         SHORT,
+        "val2014",
     ),
     "hallusionbench": Asked(
         "HallusionBench, scored by rules instead of GPT-4",
@@ -418,12 +421,15 @@ def _parser() -> argparse.ArgumentParser:
             help="Maximum number of tokens in a caption.",
         )
 
-    files = "\\\n    --model runs/llava/model --image-folder val2014 --output answers"
+    answers = "\\\n    --model runs/llava/model --image-folder {} --output answers"
     for name, asked in ASKED.items():
-        command = add(name, ask, f"{asked.example} {files}")
+        command = add(name, ask, f"{asked.example} {answers.format(asked.images)}")
         several = asked.several
         command.add_argument(
-            "questions", nargs="+" if several else 1, metavar="FILE", help=asked.files
+            "questions",
+            nargs="+" if several else 1,
+            metavar="FOLDER" if name == "amber" else "FILE",
+            help=asked.files,
         )
         if name == "scienceqa":
             command.add_argument(
@@ -450,7 +456,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "chair",
         captions,
-        "\\\n    --instances instances_val2014.json --reference captions_val2014.json " + files,
+        "\\\n    --instances instances_val2014.json --reference captions_val2014.json "
+        + answers.format("val2014"),
     )
     for flag in ("instances", "reference"):
         file = {"instances": "instances_val2014.json", "reference": "captions_val2014.json"}[flag]
