@@ -36,7 +36,7 @@ def compare(args: argparse.Namespace) -> str:
     paths = [Path(path) for path in (args.base, *args.models)]
     found, names = read_models(paths), distinct_names(paths)
     _check_overwritten(args, found)
-    rows = _rows(names, found, args.seed)
+    rows = _rows(names, found, args.seed, _chosen(args.rule, found[0]))
     table, notes = _table(rows), [*_skipped(paths, found), *_notes(rows)]
     shown = _formatted(table, notes, "text" if args.output else kind)
     written = []
@@ -134,8 +134,28 @@ def _same(first: str | Path, second: str | Path) -> bool:
     return os.path.realpath(first) == os.path.realpath(second)
 
 
-def _rows(names: Sequence[str], found: Sequence[Mapping[str, Answered]], seed: int) -> list[Row]:
-    """Compare the models by each file and rule."""
+def _chosen(rule: str | None, found: Mapping[str, Answered]) -> list[str]:
+    """The rules of --rule.
+
+    Raises:
+        ValueError: for a rule that no file has.
+    """
+    chosen = [name.strip() for name in rule.split(",")] if rule is not None else []
+    known = {name for answered in found.values() for name in BENCHMARKS[answered.benchmark].rules}
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(
+            f"--rule is {unknown[0]!r}; the rules of these files are {', '.join(sorted(known))}."
+        )
+    return chosen
+
+
+def _rows(
+    names: Sequence[str],
+    found: Sequence[Mapping[str, Answered]],
+    seed: int,
+    chosen: Sequence[str],
+) -> list[Row]:
+    """Compare the models by each file and rule. A file without a chosen rule keeps its own."""
     matched = [
         match(names[0], found[0], name, other)
         for name, other in zip(names[1:], found[1:], strict=True)
@@ -145,7 +165,7 @@ def _rows(names: Sequence[str], found: Sequence[Mapping[str, Answered]], seed: i
         lines = [base.lines] + [other[file] for other in matched]
         benchmark = BENCHMARKS[base.benchmark]
         scored = [units(own, benchmark) for own in lines]
-        for rule in benchmark.rules:
+        for rule in [name for name in benchmark.rules if name in chosen] or benchmark.rules:
             scores = [own.scores[rule] for own in scored]
             results = compare_all(scores, clusters=scored[0].clusters, seed=seed)
             for name, result in zip(names, results, strict=True):
@@ -300,6 +320,12 @@ def add_parser(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     command.add_argument(
         "models", nargs="+", metavar="MODEL", help="Answers of a model that is compared with BASE."
+    )
+    command.add_argument(
+        "--rule",
+        metavar="NAMES",
+        help="Rules to compare by, such as pope,evalai. Without it, all rules. A file without any "
+        "of them keeps its own.",
     )
     command.add_argument(
         "--format",

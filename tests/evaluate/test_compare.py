@@ -167,6 +167,19 @@ def test_every_model_is_compared_with_the_first(run, tmp_path):
     assert "Holm's correction over 12 comparisons" in out
 
 
+def test_a_chosen_rule_counts_fewer_comparisons(run, tmp_path):
+    _models(tmp_path)
+    for model in ("base", "dpo", "rdpo_1"):
+        file = tmp_path / model / "textvqa.jsonl"
+        _write(file, [1, 0, 1], answers=["yes"] * 10)
+        file.write_text(file.read_text().replace('{"asked"', '{"benchmark": "textvqa", "asked"', 1))
+    out = run("base", "dpo", "rdpo_1", "--rule", "exact")[1]
+    rows = {tuple(line.split()[:2]) for line in out.splitlines()[2:-4]}
+    # TextVQA has no rule `exact`, and keeps its own.
+    files = {("random", "exact"), ("popular", "exact"), ("textvqa", "evalai"), ("textvqa", "vqa")}
+    assert rows == files and "Holm's correction over 8 comparisons" in out
+
+
 def test_answers_are_matched_by_id_not_by_line(run, tmp_path):
     _write(tmp_path / "a" / "f.jsonl", [1, 1, 1, 0])
     head, *lines = (tmp_path / "a" / "f.jsonl").read_text().splitlines()
@@ -328,6 +341,10 @@ def test_the_plot_is_written(run, tmp_path, suffix):
         (["--plot", "p.jpg"], "--plot is 'p.jpg'. Name a file that ends in .png, .svg, .pdf"),
         (["--plot", "base/random.jsonl/p.png"], "--plot"),
         (["--plot", "p.png", "--output", "p.png", "--format", "text"], "are both p.png"),
+        (
+            ["--rule", "pope,gpt"],
+            "--rule is 'gpt'; the rules of these files are exact, pope, word.",
+        ),
         (["--seed", "-1"], "--seed is -1; it must be 0 or more"),
     ],
 )
