@@ -273,6 +273,11 @@ def generative(captions: Sequence[Caption]) -> Generative:
     )
 
 
+def verdict(answer: str) -> str | None:
+    """Yes or no as AMBER's authors read it: the answer must be "Yes" or "No", to the letter."""
+    return {"Yes": "yes", "No": "no"}.get(answer)
+
+
 def discriminative(labels: Sequence[str], verdicts: Sequence[str | None]) -> dict[str, float]:
     """Accuracy, precision, recall and F1 of the answer no, as AMBER counts them.
 

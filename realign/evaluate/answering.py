@@ -8,6 +8,7 @@ mixed.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from realign.data.errors import shorten
+from realign.data.errors import short_repr, shorten
 from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.evaluate.files import read_text
 from realign.files import check_file, write_whole
@@ -26,6 +27,8 @@ from realign.pairs.io.images import load_image
 from realign.pairs.io.rows import files_digest
 from realign.progress import Progress
 
+UNUSED = "unused"
+"""Field of an earlier answer to a question that the last run did not have."""
 _PIXELS_OF_TOKEN = 28 * 28  # of Qwen2-VL
 _LETTERS_OF_TOKEN = 4
 
@@ -83,7 +86,7 @@ def prepare(
     model: str,
     max_tokens: int,
     suffix: str = "",
-    pixels: Mapping[str, int | None] | None = None,
+    settings: Mapping[str, Any] | None = None,
     benchmark: str | None = None,
 ) -> Sheet:
     """Check questions, their images and the file of answers, without a model.
@@ -95,19 +98,22 @@ def prepare(
         model: folder or name of the model. A folder is also identified by its files.
         max_tokens: maximum number of tokens in an answer.
         suffix: text appended to every question.
-        pixels: limits on the size of images, by the names of `load_processor`'s arguments.
+        settings: further settings that the answers depend on, such as the dtype.
         benchmark: name of the benchmark, for the first line of the file.
 
     Raises:
         ValueError: for repeated ids, a missing image, or an `output` that cannot be written or
             holds answers of a different model or to different questions.
     """
-    if len({question.id for question in questions}) != len(questions):
-        raise ValueError(f"the questions of {output.stem} do not have distinct ids.")
+    if twice := [name for name, number in Counter(q.id for q in questions).items() if number > 1]:
+        raise ValueError(
+            f"the questions of {output.stem} do not have distinct ids: {len(twice)} occur twice or "
+            f"more, such as {short_repr(twice[0])}. Give each question once."
+        )
     check_file("--output", output)
     mark = files_digest(model)
     asked = {"model": model, "mark": mark, "max_tokens": max_tokens, "suffix": suffix}
-    asked |= {name: value for name, value in (pixels or {}).items() if value is not None}
+    asked |= {name: value for name, value in (settings or {}).items() if value is not None}
     sheet = Sheet(questions, DataFolder(images), output, asked, _read(output, asked), benchmark)
     for question in questions:
         earlier = sheet.done.get(question.id)
@@ -120,7 +126,8 @@ def prepare(
                 "--output."
             )
         if earlier is not None:  # a corrected file may have another label
-            sheet.done[question.id] = earlier | question.facts
+            own = {key: value for key, value in earlier.items() if key != UNUSED}
+            sheet.done[question.id] = own | question.facts
     _measure_images(sheet)
     return sheet
 
@@ -195,7 +202,8 @@ def _write_done(sheet: Sheet) -> None:
     """Write the first line and the answers in the order of the questions, unless it is so."""
     lines = [{"asked": sheet.asked} | ({"benchmark": sheet.benchmark} if sheet.benchmark else {})]
     ids = dict.fromkeys(question.id for question in sheet.questions)
-    lines += [sheet.done[name] for name in {**ids, **sheet.done} if name in sheet.done]
+    lines += [sheet.done[name] for name in ids if name in sheet.done]
+    lines += [line | {UNUSED: True} for name, line in sheet.done.items() if name not in ids]
     if not sheet.output.exists() or read_sheet(sheet.output) != lines:
         sheet.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(sheet.output, "".join(json.dumps(line) + "\n" for line in lines))
@@ -243,8 +251,8 @@ def read_sheet(file: Path) -> list[dict[str, Any]]:
         ValueError: for another file.
     """
     try:
-        texts = read_text(file).splitlines(keepends=True)
-        lines = [json.loads(text) for text in texts if text.endswith("\n")]  # the last may be cut
+        texts = read_text(file).split("\n")[:-1]  # the last may be cut
+        lines = [json.loads(text) for text in texts if text.strip()]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a file of answers ({shorten(str(error))}).") from error
     objects = lines and all(isinstance(line, dict) for line in lines)

@@ -6,7 +6,6 @@ need, such as the label, so answers are scored without the files of the benchmar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,8 +16,8 @@ import numpy as np
 
 from realign.data.errors import shorten
 from realign.evaluate import amber, hallusionbench, mme, vqa, yesno
-from realign.evaluate.answering import read_sheet
-from realign.evaluate.files import is_text, read_text
+from realign.evaluate.answering import UNUSED, read_sheet
+from realign.evaluate.files import is_text, read_object
 from realign.evaluate.letters import letter
 
 Line = Mapping[str, Any]
@@ -91,11 +90,16 @@ def _mme(rule: str, line: Line) -> float:
     return float(mme.RULES[rule](line["answer"]) == line["label"])
 
 
+def _amber(line: Line) -> float:
+    return float(amber.verdict(line["answer"]) == line["label"])
+
+
 def _letter(line: Line) -> float:
     """1 for the right letter. A question without options needs the answer itself."""
     if "options" in line:
         return float(letter(line["answer"], line["options"]) == line["label"])
-    return float(line["answer"].lower().strip().rstrip(".") == line["label"].lower())
+    answer, label = (line[name].lower().strip().rstrip(".") for name in ("answer", "label"))
+    return float(answer == label)
 
 
 def _vqa(rule: str, line: Line) -> float:
@@ -116,6 +120,7 @@ def _unit(line: Line) -> str:
 
 
 _YES_NO = {rule: partial(_yes_no, rule) for rule in yesno.RULES}
+_AMBER = {"authors": _amber} | _YES_NO
 _LETTER = {"letter": _letter}
 _VQA = {rule: partial(_vqa, rule) for rule in vqa.RULES}
 _CAPTIONS = {"no hallucination": _no_hallucination}
@@ -127,8 +132,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         "HallusionBench, scored by rules instead of the leaderboard's judge", _YES_NO, _LABEL
     ),
     "chair": Benchmark("CHAIR", _CAPTIONS),
-    "amber-generative": Benchmark("AMBER, captions", _CAPTIONS),
-    "amber-discriminative": Benchmark("AMBER, yes or no", _YES_NO, _LABEL),
+    "amber-generative": Benchmark("AMBER, captions", _CAPTIONS, ("truth", "hallu")),
+    "amber-discriminative": Benchmark("AMBER, yes or no", _AMBER, _LABEL),
     "mme": Benchmark(
         "MME",
         {rule: partial(_mme, rule) for rule in mme.RULES},
@@ -197,7 +202,8 @@ def _figures(lines: Sequence[Line], name: str, rule: str) -> dict[str, Any]:
         figures = {key.replace("_", " "): value for key, value in asdict(found).items()}
         figures["all questions"] = figures.pop("question")
     if name == "amber-discriminative":
-        verdicts = [yesno.RULES[rule](line["answer"]) for line in lines]
+        read = amber.verdict if rule == "authors" else yesno.RULES[rule]
+        verdicts = [read(line["answer"]) for line in lines]
         figures |= amber.discriminative([line["label"] for line in lines], verdicts)
         figures["neither"] = sum(verdict is None for verdict in verdicts) / len(verdicts)
     return figures
@@ -245,15 +251,18 @@ def read_answered(path: str | Path) -> dict[str, Answered]:
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
         head, *lines = read_sheet(file)
         name = head.get("benchmark") or _guess(lines)
-        if name not in BENCHMARKS:
+        if not isinstance(name, str) or name not in BENCHMARKS:
             raise ValueError(f"{file} answers {name!r}, which is not a benchmark of this version.")
-        if BENCHMARKS[name].rules is _CAPTIONS and not (lines := _with_objects(file, lines)):
-            continue
+        lines = [line for line in lines if not line.get(UNUSED)]
+        asked = head["asked"]
+        if BENCHMARKS[name].rules is _CAPTIONS:
+            lines, scored = _with_objects(file, lines)
+            asked = asked | scored
         for line in lines:
             _check(file, line, name)
         if lines:
             model = str(head["asked"].get("model"))
-            found[file.stem] = Answered(file, model, name, lines, head["asked"])
+            found[file.stem] = Answered(file, model, name, lines, asked)
     if not found:
         raise ValueError(
             f"{path} has no answers with labels. Name the --output of a run of "
@@ -269,25 +278,26 @@ def _guess(lines: Sequence[Line]) -> str:
     return "hallusionbench" if "gt_answer" in lines[0] else "chair"
 
 
-def _with_objects(file: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of captions with their hallucinated objects, or none if they were not scored."""
+def _with_objects(
+    file: Path, lines: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The lines of captions with their hallucinated objects, and the lists that these come from.
+
+    There are no lines if the captions were not scored.
+    """
     objects = file.with_name(f"{file.stem}-objects.json")
     if not objects.exists():
-        return []
+        return [], {}
+    content = read_object(objects, "Run the benchmark again.")
     try:
-        named = {
-            row["id"]: (row["answer"], row["hallucinated"])
-            for row in json.loads(read_text(objects))
-        }
-        return [
-            line | {"hallucinated": named[line["id"]][1]}
-            for line in lines
-            if named[line["id"]][0] == line["answer"]
-        ]
+        found = {row["id"]: row for row in content["captions"]}
+        if any(found[line["id"]]["answer"] != line["answer"] for line in lines):
+            raise ValueError("a caption differs")
+        named = [line | {"hallucinated": found[line["id"]]["hallucinated"]} for line in lines]
+        return named, dict(content["lists"])
     except (ValueError, TypeError, KeyError) as error:
-        why = shorten(repr(error))
         raise ValueError(
-            f"{objects} does not fit {file} ({why}). Run the benchmark again."
+            f"{objects} does not fit {file} ({shorten(repr(error))}). Run the benchmark again."
         ) from error
 
 
@@ -304,7 +314,7 @@ def _check(file: Path, line: dict[str, Any], name: str) -> None:
         if fact in BENCHMARKS[name].facts and not isinstance(line[fact], kind):
             raise ValueError(f"{file}: {fact} of answer {line['id']!r} is no {kind.__name__}.")
     label = line.get("label")
-    if BENCHMARKS[name].rules is _YES_NO or name == "mme":
+    if BENCHMARKS[name].rules in (_YES_NO, _AMBER) or name == "mme":
         label = str(label).strip().lower()
         if label not in ("yes", "no"):
             raise ValueError(

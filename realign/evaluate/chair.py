@@ -84,6 +84,7 @@ class Vocabulary:
                         f"{name!r} is a synonym of {self._object[key]!r} and {names[0]!r} in "
                         f"{synonyms}."
                     )
+        self.content = sorted(self._object.items())
         self._read = {name: name for name in (*self._object, *_NOTHING) if name.count(" ") == 1}
         for animal in _ANIMALS:  # a baby bird is not a person
             self._read |= {f"baby {animal}": animal, f"adult {animal}": animal}

@@ -8,6 +8,7 @@ and `gallery` shows them. `handoff` prepares a model for lmms-eval and VLMEvalKi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from realign.cli import CommandParser
 from realign.config import check_pixels
@@ -226,7 +228,10 @@ def _amber_captions(
     words: amber.Words,
 ) -> list[dict[str, Any]]:
     counted = [amber.caption(line["answer"], line, lists, words) for line in lines]
-    _write_objects(args, "amber-generative", lines, [c.hallucinated for c in counted])
+    found = [caption.hallucinated for caption in counted]
+    content = [sorted(lists.related.items()), sorted(lists.safe)]
+    used = {"words": words.name, "word lists": _digest(content)}
+    _write_objects(args, "amber-generative", lines, found, used)
     figures = amber.generative(counted)
     return [
         {"captions": figures.captions, "CHAIR": figures.chair, "Cover": figures.cover}
@@ -262,7 +267,9 @@ def captions(args: argparse.Namespace) -> str:
         chair.hallucinated(vocabulary.objects(text), visible[image])
         for image, text in texts.items()
     ]
-    _write_objects(args, "chair", lines, objects)
+    shown = sorted((image, sorted(names)) for image, names in visible.items())
+    used = {"synonyms": _digest(vocabulary.content), "annotations": _digest(shown)}
+    _write_objects(args, "chair", lines, objects, used)
     found = asdict(chair.score(texts, visible, vocabulary))
     # The folder of the synonyms is private.
     synonyms = Path(args.synonyms).name if args.synonyms else chair.OWN
@@ -295,9 +302,14 @@ def _sheet(
         model=args.model,
         max_tokens=max_tokens,
         suffix=suffix,
-        pixels={name: getattr(args, name) for name in _PIXELS},
+        settings={name: getattr(args, name) for name in _PIXELS} | {"dtype": _dtype(args)},
         benchmark=benchmark,
     )
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    """Dtype of the computation, which the engine chooses by the device."""
+    return args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
 
 
 def _answers(
@@ -329,11 +341,20 @@ def _write_objects(
     name: str,
     lines: Sequence[Mapping[str, Any]],
     objects: Sequence[list[str]],
+    lists: Mapping[str, str],
 ) -> None:
-    """Write the hallucinated objects of each caption, for `compare` and `gallery`."""
+    """Write the hallucinated objects of each caption, for `compare` and `gallery`.
+
+    `lists` identifies what they come from. Captions that were scored by others are not compared.
+    """
     rows = [{**line, "hallucinated": found} for line, found in zip(lines, objects, strict=True)]
-    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    content = {"lists": lists, "captions": rows}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_whole(Path(args.output) / f"{name}-objects.json", text)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def _write_scores(args: argparse.Namespace, parts: Mapping[str, list[dict[str, Any]]]) -> str:

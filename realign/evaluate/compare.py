@@ -41,9 +41,11 @@ def compare(args: argparse.Namespace) -> str:
     shown = _formatted(table, notes, "text" if args.output else kind)
     written = []
     if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.output, _formatted(table, notes, kind) + "\n")
         written.append(f"wrote {args.output}")
     if args.plot:
+        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
         forest(args.plot, rows)
         written.append(f"wrote {args.plot}")
     return "\n".join([shown, *written])

@@ -75,14 +75,19 @@ def read_rows(
         ValueError: for a file without objects, or an object with a missing or invalid field.
     """
     text = read_text(file)
+    number = 0
     try:
         if text.lstrip()[0] == "[":
             items = json.loads(text)
         else:
-            items = [json.loads(line) for line in text.split("\n") if line.strip()]
+            items = []
+            for line in text.split("\n"):
+                number += 1
+                items += [json.loads(line)] if line.strip() else []
     except (ValueError, RecursionError) as error:
         why = shorten(str(error))
-        raise ValueError(f"{file} is neither JSON nor JSON lines ({why}). {remedy}") from None
+        place = f"line {number} of {file}" if number else file
+        raise ValueError(f"{place} is neither JSON nor JSON lines ({why}). {remedy}") from None
     for number, item in enumerate(items, 1):
         check_row(item, fields, f"question {number} of {file}", remedy)
     if not items:

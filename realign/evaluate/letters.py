@@ -1,7 +1,7 @@
 """Option letters in answers to multiple-choice questions, extracted as VLMEvalKit does.
 
-`letter` gives the letter that VLMEvalKit's function `can_infer` gives, without its judge. An answer
-without a letter is wrong.
+`letter` gives the letter that VLMEvalKit's function `can_infer` gives, without its judge. Only its
+text for a failed request has no special meaning here. An answer without a letter is wrong.
 """
 
 from __future__ import annotations

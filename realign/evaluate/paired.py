@@ -140,7 +140,8 @@ def sign_flip(
     If the models are equally good, exchanging them for an image changes only the sign of its sum.
     The p-value is the share of all flips whose total is at least as far from 0. It is exact for
     scores of 0 and 1, where McNemar's exact test is the case of one question for each image. For
-    other scores it is an estimate from random flips, unless the images are few.
+    other scores it is an estimate from random flips, unless the images are few. The estimate is
+    twice the smaller share of the two sides.
 
     Args:
         change: score of the second model minus that of the first for each question.
@@ -152,7 +153,7 @@ def sign_flip(
     """
     sums = _sums(change, clusters).round(_DIGITS)
     sums = sums[sums != 0]
-    if not len(sums):
+    if len(sums) < 2:  # both flips of one image are equally far from 0
         return 1.0
     if (sums % 1 == 0).all():
         return _exact(sums.astype(int))

@@ -11,7 +11,10 @@ import binascii
 import csv
 import hashlib
 import io
+import math
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ def read_table(
     fields: Mapping[str, Field],
     remedy: str,
     limit: int = 0,
+    *,
+    needs_image: bool = True,
 ) -> list[dict[str, Any]]:
     """Read the rows of one table, and write its images to a folder.
 
@@ -46,25 +51,33 @@ def read_table(
         images: folder of the images. A column `image` with bytes is replaced by a file name in it.
         fields: name of a required column, in lower case with underscores -> `Field`.
         remedy: end of each error message, with the file to give.
-        limit: number of rows to return; 0 returns all.
+        limit: number of rows to return from all files together; 0 returns all.
+        needs_image: whether a row without an image is an error.
 
     Returns:
-        Rows by the names of their columns, in lower case. Empty cells of a TSV or CSV file are left
-        out.
+        Rows by the names of their columns, in lower case. Empty cells and NaN are None.
 
     Raises:
         FileNotFoundError: if a file does not exist.
         ValueError: for a file without rows, a row with an invalid field, or an invalid image.
     """
     rows: list[dict[str, Any]] = []
+    if twice := [
+        path for path, times in Counter(map(os.path.realpath, paths)).items() if times > 1
+    ]:
+        raise ValueError(f"{twice[0]} is given twice. Name each file once.")
     for path in paths:
         kind = Path(path).suffix.lower()
         read = _READERS.get(kind, _json)
         for number, row in enumerate(read(path, remedy), 1):
             place = f"row {number} of {path}"
-            named = {_name(column): value for column, value in row.items()}
-            check_row(named, fields, place, remedy)
-            rows.append(_with_file(named, Path(images), place, inside=kind in _READERS))
+            named = {_name(column): _cell(value) for column, value in row.items()}
+            present = {column: value for column, value in named.items() if value is not None}
+            check_row(present, fields, place, remedy)
+            named = _with_file(named, Path(images), place, inside=kind in _READERS)
+            if needs_image and named[IMAGE] is None:
+                raise ValueError(f"{place} has no image. Name the column of the images `{IMAGE}`.")
+            rows.append(named)
             if len(rows) == limit:
                 return rows
     if not rows:
@@ -75,6 +88,13 @@ def read_table(
 def _name(column: str) -> str:
     """Lower case with underscores: "L2-category" is `l2_category`. Option letters are kept."""
     return column if len(column) == 1 else re.sub(r"[-\s]", "_", column).lower()
+
+
+def _cell(value: Any) -> Any:
+    """None for an empty cell or NaN. A whole number in a column with gaps is a float."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else int(value) if value.is_integer() else value
+    return None if value in ("", "nan", "NaN") else value
 
 
 def _json(path: str, remedy: str) -> Iterator[dict[str, Any]]:
@@ -94,12 +114,12 @@ def _parquet(path: str, remedy: str) -> Iterator[dict[str, Any]]:
 
 
 def _separated(path: str, remedy: str) -> Iterator[dict[str, Any]]:
-    """Rows of a TSV or CSV file. An image may be the name of another row's image."""
+    """Rows of a TSV or CSV file. An image may be the index of another row, which has the image."""
     text = read_text(path)
     mark = "\t" if Path(path).suffix.lower() == ".tsv" else ","
     most = csv.field_size_limit(len(text))  # an image is longer than the default limit
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True))
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark))
     except csv.Error as error:
         raise ValueError(f"{path} is not a table ({shorten(str(error))}). {remedy}") from None
     finally:
@@ -108,26 +128,28 @@ def _separated(path: str, remedy: str) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise ValueError(f"row {number} of {path} has too many or too few cells. {remedy}")
-        cells = {name: cell for name, cell in row.items() if cell != ""}
-        if long and IMAGE in cells and len(cells[IMAGE]) <= _LONGEST_NAME:
-            if cells[IMAGE] not in long:
+        if long and row.get(IMAGE) and len(row[IMAGE]) <= _LONGEST_NAME:
+            if row[IMAGE] not in long:
                 raise ValueError(
-                    f"row {number} of {path} takes the image of row {short_repr(cells[IMAGE])}, "
-                    f"which has none. {remedy}"
+                    f"row {number} of {path} takes the image of row {short_repr(row[IMAGE])}, "
+                    f"which this file does not have. {remedy}"
                 )
-            cells[IMAGE] = long[cells[IMAGE]]
-        yield cells
+            row[IMAGE] = long[row[IMAGE]]
+        yield row
 
 
 _READERS = {".parquet": _parquet, ".tsv": _separated, ".csv": _separated}
+TABLES = tuple(_READERS)
+"""Suffixes of tables. Other files are JSON."""
 
 
 def _with_file(row: dict[str, Any], images: Path, place: str, inside: bool) -> dict[str, Any]:
     """The row with the name of its image file, which is written if it is `inside` the table."""
-    image = row.get(IMAGE)
+    image = row.get(IMAGE) or row.get("image_path")  # VLMEvalKit's name for a file
     if isinstance(image, dict):  # the Hub's feature: bytes, or a path
         image = image.get("bytes") or image.get("path")
-    if inside and isinstance(image, str) and len(image) > _LONGEST_NAME:
+    # Base64 has no period, and a file name has one.
+    if inside and isinstance(image, str) and len(image) > _LONGEST_NAME and "." not in image:
         try:
             image = base64.b64decode(image, validate=True)
         except binascii.Error as error:

@@ -7,19 +7,22 @@ also have its groups for the table, and its unit for comparisons (`benchmarks`).
 
 from __future__ import annotations
 
+import ast
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from string import ascii_uppercase
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 from realign.data.errors import short_repr
 from realign.evaluate import files, hallusionbench
+from realign.evaluate import mme as mme_scores
 from realign.evaluate.amber import read_annotations
 from realign.evaluate.answering import Question
 from realign.evaluate.files import KEY, TEXT
-from realign.evaluate.rows import IMAGE, read_table
+from realign.evaluate.rows import IMAGE, TABLES, read_table
 
 Sheets = dict[str, list[Question]]
 """Name of an answers file -> its questions."""
@@ -34,7 +37,8 @@ _HALLUSION = {"question": TEXT} | dict.fromkeys(hallusionbench.NEEDED, KEY)
 _HALLUSION["gt_answer"] = (lambda value: str(value) in ("0", "1"), "0 or 1")
 _INLINE = re.compile(r"Options:\s*A: (.*?),? B: (.*?),? C: (.*?),? D: (.*?)\.?\s*$", re.DOTALL)
 _LINES = re.compile(r"^([A-H])\. (.+)$", re.MULTILINE)
-_BRACKETS = re.compile(r"\(([a-z])\)\s*([^(]+)")
+_RESERVED = ("id", "question", IMAGE, "answer", "error")
+"""Fields of a line of the answers that are not facts."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Source:
     Attributes:
         paths: files, or the folder of a benchmark.
         images: image folder. Images inside a table are written to it.
-        limit: number of questions to use from each file; 0 uses all.
+        limit: number of questions to use; 0 uses all. POPE's files and AMBER's parts have this
+            number each. Pairs and rotations are not cut.
         split: split of ScienceQA.
         part: part of AMBER.
     """
@@ -65,19 +70,31 @@ def pope(source: Source) -> Sheets:
             another kind.
     """
     sheets: Sheets = {}
+    remedy = "Give a file of POPE, such as coco_pope_random.json."
     for file in source.paths:
         if (name := Path(file).stem) in sheets:
             raise ValueError(
                 f"two files are called {name}, so their answers would share one file. Rename one."
             )
-        remedy = "Give a file of POPE, such as coco_pope_random.json."
+        if Path(file).suffix.lower() in TABLES:
+            sheets[name] = _yes_no_table(replace(source, paths=[file]), remedy)
+            continue
         sheets[name] = [
             Question(
-                str(row["question_id"]), row["text"], row[IMAGE], {"label": _lower(row, "label")}
+                str(row["question_id"]), row["text"], row[IMAGE], {"label": _lower(row["label"])}
             )
             for row in files.read_rows(file, _POPE, remedy, source.limit)
         ]
     return sheets
+
+
+def _yes_no_table(source: Source, remedy: str) -> list[Question]:
+    """Yes/no questions of the Hub's or VLMEvalKit's table."""
+    questions = []
+    for number, row in enumerate(_table(source, {"question": TEXT, "answer": _YES_NO}, remedy)):
+        facts = {"label": _lower(row["answer"]), "groups": _present([row.get("category")])}
+        questions.append(Question(str(number), row["question"], row[IMAGE], facts))
+    return questions
 
 
 def hallusion(source: Source) -> Sheets:
@@ -95,7 +112,7 @@ def hallusion(source: Source) -> Sheets:
             raise ValueError(f"{path}: filename is {short_repr(file)}, not text.")
         has_image = str(row.get("visual_input", "1")) != "0" and file
         name = "_".join(str(row[field]) for field in hallusionbench.NEEDED[:-1])
-        facts = {key: value for key, value in row.items() if key != "question"}
+        facts = {key: value for key, value in row.items() if key not in _RESERVED}
         facts["label"] = "yes" if str(row["gt_answer"]) == "1" else "no"
         questions.append(Question(name, row["question"], file if has_image else None, facts))
     return {"hallusionbench": questions}
@@ -111,38 +128,60 @@ def mme(source: Source) -> Sheets:
     remedy = "Give the folder of MME's release, or its Parquet or TSV files."
     if len(source.paths) == 1 and Path(source.paths[0]).is_dir():
         questions = _mme_folder(Path(source.paths[0]), remedy)
-        return {"mme": questions[: source.limit] if source.limit else questions}
-    fields = {"question": TEXT, "answer": _YES_NO, "category": TEXT}
-    questions = []
-    for number, row in enumerate(_table(source, fields, remedy)):
-        pair = str(row.get("question_id") or row.get("image_path") or row[IMAGE])
-        facts = {"label": _lower(row, "answer"), "category": row["category"], "pair": pair}
-        questions.append(Question(str(number), row["question"], row[IMAGE], facts))
-    return {"mme": questions}
+    else:
+        fields = {"question": TEXT, "answer": _YES_NO, "category": TEXT}
+        questions = []
+        for number, row in enumerate(_table(replace(source, limit=0), fields, remedy)):
+            pair = str(row.get("question_id") or row.get("image_path") or row[IMAGE])
+            facts = {"label": _lower(row["answer"]), "category": row["category"]}
+            facts["pair"] = f"{row['category']}/{pair}"
+            questions.append(Question(str(number), row["question"], row[IMAGE], facts))
+    for pair, number in Counter(question.facts["pair"] for question in questions).items():
+        if number != 2:
+            raise ValueError(
+                f"MME asks two questions about an image, and {pair} has {number}. Give all files "
+                f"of the benchmark. {remedy}"
+            )
+    return {"mme": _limited(questions, "pair", source.limit)}
 
 
 def _mme_folder(folder: Path, remedy: str) -> list[Question]:
+    """Questions of MME's release. Its other folders, such as that of the scorer, are left out."""
     questions = []
-    for file in sorted(folder.glob("*/questions_answers_YN/*.txt")) + sorted(
-        folder.glob("*/*.txt")
-    ):
-        category = file.relative_to(folder).parts[0]
-        inside = "images" if file.parent.name == "questions_answers_YN" else ""
-        images = folder / category / inside
-        found = [p for p in images.glob(f"{_escaped(file.stem)}.*") if p.suffix != ".txt"]
-        if len(found) != 1:
-            raise ValueError(f"{file} has {len(found)} images in {images}, not one. {remedy}")
-        for number, text in enumerate(files.read_text(file).splitlines()):
-            question, _, label = text.rpartition("\t")
-            if not question or not _YES_NO[0](label):
-                raise ValueError(f"{file}: line {number + 1} has no question and answer. {remedy}")
-            pair = f"{category}/{file.stem}"
-            facts = {"label": label.strip().lower(), "category": category, "pair": pair}
-            image = str(found[0].relative_to(folder))
-            questions.append(Question(f"{pair}/{number}", question, image, facts))
+    for category in (*mme_scores.PERCEPTION, *mme_scores.COGNITION):
+        place = folder / category
+        inside = place / "questions_answers_YN"
+        texts, images = (inside, place / "images") if inside.is_dir() else (place, place)
+        for file in sorted(texts.glob("*.txt")):
+            found = [p for p in images.glob(f"{_escaped(file.stem)}.*") if p.suffix != ".txt"]
+            if len(found) != 1:
+                raise ValueError(f"{file} has {len(found)} images in {images}, not one. {remedy}")
+            pair, image = f"{category}/{file.stem}", str(found[0].relative_to(folder))
+            lines = [text for text in files.read_text(file).splitlines() if text.strip()]
+            for number, text in enumerate(lines, 1):
+                question, _, label = text.rpartition("\t")
+                if not question or not _YES_NO[0](label):
+                    raise ValueError(f"{file}: line {number} has no question and answer. {remedy}")
+                facts = {"label": _lower(label), "category": category, "pair": pair}
+                questions.append(Question(f"{pair}/{number}", question, image, facts))
     if not questions:
         raise ValueError(f"{folder} has no questions. {remedy}")
     return questions
+
+
+def _limited(questions: Sequence[Question], fact: str, limit: int) -> list[Question]:
+    """The questions of the first units, at least `limit` questions. 0 keeps all."""
+    names: dict[str, int] = {}
+    for question in questions:
+        names.setdefault(question.facts[fact], len(names))
+    sizes = Counter(question.facts[fact] for question in questions)
+    kept, number = set(), 0
+    for name in names:
+        if limit and number >= limit:
+            break
+        kept.add(name)
+        number += sizes[name]
+    return [question for question in questions if question.facts[fact] in kept]
 
 
 def mmstar(source: Source) -> Sheets:
@@ -174,15 +213,15 @@ def mmbench(source: Source) -> Sheets:
     remedy = "Give the dev split, such as MMBench_DEV_EN.tsv. The test split has no answers."
     fields = {"index": KEY, "question": TEXT, "answer": KEY, "A": KEY, "B": KEY}
     questions = []
-    for number, row in enumerate(_table(source, fields, remedy)):
-        if not str(row["index"]).isdigit():
+    for number, row in enumerate(_table(replace(source, limit=0), fields, remedy)):
+        if not str(row["index"]).isdecimal():
             raise ValueError(f"row {number + 1}: index is {row['index']!r}; it must be a number.")
         options = _options(row)
         groups = [row.get("l2_category"), row.get("category")]
         question = _choice(row, number, _with_options(row, options), options, groups)
         question.facts["unit"] = str(int(row["index"]) % _ROTATIONS)
         questions.append(question)
-    return {"mmbench": questions}
+    return {"mmbench": _limited(questions, "unit", source.limit)}
 
 
 def realworldqa(source: Source) -> Sheets:
@@ -200,10 +239,11 @@ def realworldqa(source: Source) -> Sheets:
         options = _options(row)
         text = _with_options(row, options) + LETTER if options else row["question"]
         options = options or dict(_LINES.findall(text))
-        if str(row["answer"]).strip() in options:
-            questions.append(_choice(row, number, text, options, []))
+        label = str(row["answer"]).strip()
+        if options and len(marked := label.strip("(). ").upper()) == 1 and marked.isalpha():
+            questions.append(_choice(row | {"answer": marked}, number, text, options, []))
         else:
-            facts = {"label": str(row["answer"]).strip()}
+            facts = {"label": label}
             questions.append(Question(_key(row, number), text, row[IMAGE], facts))
     return {"realworldqa": questions}
 
@@ -215,18 +255,50 @@ def mmvp(source: Source) -> Sheets:
         FileNotFoundError: if a file does not exist.
         ValueError: for a file of another kind.
     """
-    remedy = "Give Questions.csv."
-    fields = {"question": TEXT, "options": TEXT, "correct_answer": TEXT}
+    remedy = "Give Questions.csv, with all pairs."
     questions = []
-    for number, row in enumerate(_table(source, fields, remedy)):
-        options = {mark.upper(): text.strip() for mark, text in _BRACKETS.findall(row["options"])}
-        if row.get(IMAGE) is None:
+    texts_of: dict[str, str] = {}
+    rows = _table(replace(source, limit=0), {"question": TEXT}, remedy, needs_image=False)
+    for number, row in enumerate(rows):
+        options = _options(row) or _bracketed(str(row.get("options")))
+        row["answer"] = str(row.get("answer") or row.get("correct_answer")).strip("() ").upper()
+        if row[IMAGE] is None:
             row[IMAGE] = f"{_key(row, number + 1)}.jpg"
-        row["answer"] = row["correct_answer"].strip("() ").upper()
         question = _choice(row, number, _with_options(row, options), options, [])
-        question.facts["pair"] = str(number // 2)
-        questions.append(question)
-    return {"mmvp": questions}
+        place = _key(row, number + 1)
+        if not place.isdecimal():
+            raise ValueError(f"row {number + 1}: index is {place!r}; it must be a number.")
+        questions.append((int(place), question))
+        texts_of[question.id] = row["question"]
+    first = (
+        min((place for place, _ in questions), default=0) % 2
+    )  # the Hub's copies start at 0 or 1
+    for place, question in questions:
+        question.facts["pair"] = str((place - first) // 2)
+    asked = [question for _, question in questions]
+    for pair, number in Counter(question.facts["pair"] for question in asked).items():
+        texts = {texts_of[q.id] for q in asked if q.facts["pair"] == pair}
+        if number != 2 or len(texts) != 1:
+            raise ValueError(
+                f"MMVP asks one question about two images, and pair {pair} has {number} images and "
+                f"{len(texts)} questions. {remedy}"
+            )
+    return {"mmvp": _limited(asked, "pair", source.limit)}
+
+
+def _bracketed(text: str) -> dict[str, str]:
+    """Options of "(a) Open (b) Closed". Other brackets belong to an option."""
+    starts = []
+    for mark in ascii_lowercase:
+        found = re.compile(rf"\({mark}\)", re.IGNORECASE).search(
+            text, starts[-1][1] if starts else 0
+        )
+        if found is None:
+            break
+        starts.append(found.span())
+    ends = [start for start, _ in starts[1:]] + [len(text)]
+    texts = (text[start:end].strip() for (_, start), end in zip(starts, ends, strict=True))
+    return dict(zip(ascii_uppercase, texts, strict=False))
 
 
 def scienceqa(source: Source) -> Sheets:
@@ -237,27 +309,31 @@ def scienceqa(source: Source) -> Sheets:
         ValueError: for a file of another kind.
     """
     remedy = "Give problems.json, with pid_splits.json beside it, or the Parquet files."
-    if Path(source.paths[0]).suffix == ".json":
+    if any(Path(path).suffix.lower() == ".json" for path in source.paths):
+        if len(source.paths) > 1:
+            raise ValueError(f"there are {len(source.paths)} files. Give one problems.json.")
         rows = _problems(Path(source.paths[0]), source.split, remedy)
         rows = rows[: source.limit] if source.limit else rows
     else:
-        rows = _table(source, {"question": TEXT, "answer": KEY}, remedy)
+        rows = _table(source, {"question": TEXT, "answer": KEY}, remedy, needs_image=False)
     questions = []
     for number, row in enumerate(rows):
-        choices = row.get("choices")
-        if not isinstance(choices, list) or not 2 <= len(choices) <= len(ascii_uppercase):
-            raise ValueError(
-                f"question {_key(row, number)}: choices is {short_repr(choices)}. {remedy}"
-            )
-        if not str(row["answer"]).isdigit() or int(row["answer"]) >= len(choices):
-            raise ValueError(
-                f"question {_key(row, number)}: answer is {row['answer']!r}, not a choice."
-            )
-        options = dict(zip(ascii_uppercase, map(str, choices), strict=False))
-        row["answer"] = ascii_uppercase[int(row["answer"])]
+        if not (options := _options(row)):
+            options, row["answer"] = _choices(row, _key(row, number), remedy)
         text = _with_options(row, options)
         questions.append(_choice(row, number, text, options, _science_groups(row)))
     return {"scienceqa": questions}
+
+
+def _choices(row: Mapping[str, Any], name: str, remedy: str) -> tuple[dict[str, str], str]:
+    """Options and letter of the right one, from a list and a place in it."""
+    choices, answer = row.get("choices"), str(row["answer"])
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(ascii_uppercase):
+        raise ValueError(f"question {name}: choices is {short_repr(choices)}. {remedy}")
+    if not answer.isdecimal() or int(answer) >= len(choices):
+        raise ValueError(f"question {name}: answer is {short_repr(row['answer'])}, not a choice.")
+    options = dict(zip(ascii_uppercase, map(str, choices), strict=False))
+    return options, ascii_uppercase[int(answer)]
 
 
 def _problems(file: Path, split: str, remedy: str) -> list[dict[str, Any]]:
@@ -298,19 +374,22 @@ def textvqa(source: Source) -> Sheets:
         ValueError: for a file of another kind.
     """
     remedy = "Give the val split, such as TextVQA_0.5.1_val.json. The test split has no answers."
-    fields = {"question": TEXT, "question_id": KEY, "answers": _ANSWERS}
-    path = Path(source.paths[0])
-    if path.suffix == ".json":
-        rows = files.read_object(path, remedy).get("data")
-        if not isinstance(rows, list) or not rows:
+    fields = {"question": TEXT, "question_id": KEY, "answers": _ANSWERS, "image_id": KEY}
+    rows: list[dict[str, Any]] = []
+    tables = [path for path in source.paths if Path(path).suffix.lower() in TABLES]
+    for path in source.paths:
+        if path in tables:
+            continue
+        found = files.read_object(path, remedy).get("data")
+        if not isinstance(found, list) or not found:
             raise ValueError(f"{path} has no list `data`. {remedy}")
-        rows = rows[: source.limit] if source.limit else rows
-        for number, row in enumerate(rows, 1):
-            files.check_row(row, fields | {"image_id": KEY}, f"question {number} of {path}", remedy)
-        rows = [row | {IMAGE: f"{row['image_id']}.jpg"} for row in rows]
-    else:
-        rows = _table(source, fields, remedy)
-    return {"textvqa": [_open(row, str(row["question_id"]), []) for row in rows]}
+        for number, row in enumerate(found, 1):
+            files.check_row(row, fields, f"question {number} of {path}", remedy)
+        rows += [row | {IMAGE: f"{row['image_id']}.jpg"} for row in found]
+    if tables:
+        rows += _table(replace(source, paths=tables, limit=0), {"question": TEXT}, remedy)
+    rows = rows[: source.limit] if source.limit else rows
+    return {"textvqa": [_open(row, _key(row, place), [], remedy) for place, row in enumerate(rows)]}
 
 
 def vizwiz(source: Source) -> Sheets:
@@ -321,12 +400,12 @@ def vizwiz(source: Source) -> Sheets:
         ValueError: for a file of another kind.
     """
     remedy = "Give the val split, such as val.json. The test split has no answers."
-    rows = _table(source, {"question": TEXT, "answers": _ANSWERS}, remedy)
+    rows = _table(source, {"question": TEXT}, remedy)
     named = [str(row.get("question_id") or row[IMAGE]) for row in rows]
     groups = ("answer_type", "category")
     return {
         "vizwiz": [
-            _open(row, name, [row.get(group) for group in groups])
+            _open(row, name, [row.get(group) for group in groups], remedy)
             for row, name in zip(rows, named, strict=True)
         ]
     }
@@ -369,7 +448,7 @@ def _amber_facts(note: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_answers(value: Any) -> bool:
     people = [_person(person) for person in value] if isinstance(value, list) else []
-    return len(people) >= 2 and all(isinstance(person, str) for person in people)
+    return len(people) >= 2 and all(isinstance(p, str) for p in people) and any(people)
 
 
 _ANSWERS = (_is_answers, "the answers of at least two people")
@@ -379,13 +458,28 @@ def _person(answer: Any) -> Any:
     return answer.get("answer") if isinstance(answer, dict) else answer
 
 
-def _open(row: Mapping[str, Any], name: str, groups: Sequence[str | None]) -> Question:
-    facts = {"answers": [_person(answer) for answer in row["answers"]], "groups": _present(groups)}
+def _open(row: Mapping[str, Any], name: str, groups: Sequence[Any], remedy: str) -> Question:
+    """A question with the answers of people, which a TSV has as a list in a cell."""
+    people = row.get("answers")
+    if people is None and isinstance(row.get("answer"), str):
+        try:
+            people = ast.literal_eval(row["answer"])
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            people = None
+    if not isinstance(people, list) or not _is_answers(people):
+        raise ValueError(
+            f"question {name} has {short_repr(people)} as answers, not {_ANSWERS[1]}. {remedy}"
+        )
+    facts = {"answers": [_person(answer) for answer in people], "groups": _present(groups)}
     return Question(name, row["question"], row[IMAGE], facts)
 
 
-def _table(source: Source, fields: Mapping[str, files.Field], remedy: str) -> list[dict[str, Any]]:
-    return read_table(source.paths, source.images, fields, remedy, source.limit)
+def _table(
+    source: Source, fields: Mapping[str, files.Field], remedy: str, *, needs_image: bool = True
+) -> list[dict[str, Any]]:
+    return read_table(
+        source.paths, source.images, fields, remedy, source.limit, needs_image=needs_image
+    )
 
 
 def _choice(
@@ -393,7 +487,7 @@ def _choice(
     number: int,
     text: str,
     options: Mapping[str, str],
-    groups: Sequence[str | None],
+    groups: Sequence[Any],
 ) -> Question:
     """A multiple-choice question.
 
@@ -416,23 +510,22 @@ def _key(row: Mapping[str, Any], number: int) -> str:
 
 
 def _options(row: Mapping[str, Any]) -> dict[str, str]:
-    """Options in columns A, B, ... The Hub's tables have "nan" for a missing one."""
+    """Options in columns A, B, ..."""
     cells = ((letter, row.get(letter)) for letter in ascii_uppercase)
-    return {letter: str(cell) for letter, cell in cells if cell not in (None, "", "nan")}
+    return {letter: str(cell) for letter, cell in cells if cell is not None}
 
 
 def _with_options(row: Mapping[str, Any], options: Mapping[str, str]) -> str:
-    hint = row.get("hint")
-    lines = [] if hint in (None, "", "nan") else [str(hint)]
+    lines = [str(row["hint"])] if row.get("hint") else []
     return "\n".join([*lines, row["question"], *(f"{k}. {text}" for k, text in options.items())])
 
 
-def _present(groups: Sequence[str | None]) -> list[str]:
+def _present(groups: Sequence[Any]) -> list[str]:
     return [str(group) for group in groups if group]
 
 
-def _lower(row: Mapping[str, Any], name: str) -> str:
-    return str(row[name]).strip().lower()
+def _lower(value: Any) -> str:
+    return str(value).strip().lower()
 
 
 def _escaped(stem: str) -> str:

@@ -10,6 +10,7 @@ from realign.digits import ASSETS
 from realign.digits.scenes import make_scenes
 from realign.evaluate import __main__ as evaluate
 from realign.evaluate import answering, tables
+from realign.evaluate.benchmarks import read_answered
 from realign.pairs.engines import Chat, Engine, Reply
 
 QUESTIONS = 12
@@ -107,7 +108,7 @@ def test_missing_images_are_named(questions, tmp_path):
     gone = [answering.Question("a", "1 ?", "../secret.png")]
     with pytest.raises(ValueError, match="the image of question 'a': outside the folder"):
         _ask(Counting(), gone, tmp_path)
-    with pytest.raises(ValueError, match="distinct ids"):
+    with pytest.raises(ValueError, match="distinct ids: 1 occur twice or more, such as '0'"):
         _ask(Counting(), [questions[0], questions[0]], tmp_path)
 
 
@@ -158,6 +159,28 @@ def test_pope_from_its_files_to_a_comparison(questions, tmp_path, capsys):
         (tmp_path / "a" / f"{name}.jsonl").unlink()
     assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     assert "has no answers with labels" in capsys.readouterr().err
+
+
+def test_answers_to_removed_questions_are_kept_but_not_compared(questions, tmp_path, capsys):
+    files = _pope_files(tmp_path, questions)[:1]
+    options = ["--model", str(ASSETS), "--image-folder", str(tmp_path / "images"), "--quiet"]
+    options += ["--suffix", ""]
+    for name in ("a", "b"):
+        assert evaluate.main(["pope", *files, *options, "--output", str(tmp_path / name)]) == 0
+    limited = [*options, "--limit", "5", "--output", str(tmp_path / "a")]
+    assert evaluate.main(["pope", *files, *limited]) == 0
+    assert len(read_answered(tmp_path / "a")["random"].lines) == 5
+    capsys.readouterr()
+    assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "7 are in only one" in capsys.readouterr().err
+    kept = (tmp_path / "a" / "random.jsonl").read_text()
+    assert kept.count('"unused": true') == 7
+    assert evaluate.main(["pope", *files, *options, "--output", str(tmp_path / "a")]) == 0
+    same = (tmp_path / "b" / "random.jsonl").read_text()
+    assert (tmp_path / "a" / "random.jsonl").read_text() == same
+    other = ["--dtype", "bf16", "--output", str(tmp_path / "a")]
+    assert evaluate.main(["pope", *files, *options, *other]) == 1
+    assert "holds answers for a different dtype" in capsys.readouterr().err
 
 
 def _answered(file, answers, question="Is there a dog?"):
@@ -233,7 +256,8 @@ def test_chair_from_coco_files(questions, tmp_path, capsys):
     assert table.heads == ("captions", "mentions", "CHAIR-s", "CHAIR-i", "recall")
     assert table.rows == [("5", "0", *["0.00 %"] * 3)]
     details = json.loads((tmp_path / "out" / "chair-objects.json").read_text())
-    assert [line["hallucinated"] for line in details] == [[]] * 5
+    assert [line["hallucinated"] for line in details["captions"]] == [[]] * 5
+    assert set(details["lists"]) == {"synonyms", "annotations"}
 
 
 def test_hallusionbench_from_its_file(questions, tmp_path, capsys):

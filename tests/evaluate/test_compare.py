@@ -88,6 +88,12 @@ def test_graded_scores_have_no_mcnemar_test():
         paired.compare([0, 1], [0, np.nan])
 
 
+def test_one_changed_image_is_no_evidence():
+    """Both flips of its sign are equally far from 0, for graded scores too."""
+    for change in ([0.3, 0, 0], [0, 0.6, 0.3]):
+        assert paired.sign_flip(np.array(change), np.array([0, 1, 1])) == 1
+
+
 def test_a_single_image_gives_no_interval():
     found = paired.compare([0, 1, 0], [1, 1, 1], clusters=np.zeros(3))
     assert np.isnan([*found.interval, found.low, found.high]).all()
@@ -251,11 +257,20 @@ def test_captions_are_compared_by_their_hallucinations(run, tmp_path):
         objects = [
             line | {"hallucinated": found} for line, found in zip(lines, invented, strict=True)
         ]
-        (tmp_path / model / "chair-objects.json").write_text(json.dumps(objects))
+        content = {"lists": {"synonyms": "1a"}, "captions": objects}
+        (tmp_path / model / "chair-objects.json").write_text(json.dumps(content))
     row = re.split(r" {2,}", run("a", "b")[1].splitlines()[3])
     assert row[:4] == ["chair", "no hallucination", "b", "3"]
     assert row[4].startswith("66.67 [") and row[5].startswith("+33.33 [")
     assert row[6:] == ["1", "0", "1.0000", "1.0000", "1.0000"]
+    for change, problem in (
+        ({"lists": {"synonyms": "2b"}}, "with a different synonyms: '1a' and '2b'"),
+        ({"captions": content["captions"][:1]}, "does not fit"),
+        ({"captions": [c | {"answer": "x"} for c in content["captions"]]}, "a caption differs"),
+    ):
+        (tmp_path / "b" / "chair-objects.json").write_text(json.dumps(content | change))
+        code, out = run("a", "b")
+        assert code == 1 and problem in out
 
 
 def test_names_of_models_are_distinct(tmp_path):

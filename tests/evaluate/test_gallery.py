@@ -213,7 +213,8 @@ def test_captions_and_failed_answers(tmp_path):
     for folder, objects in zip(folders, (["dog"], []), strict=True):
         line = {"id": "1", "question": "Describe it.", "image": "1.png", "answer": "A dog."}
         _write(folder, "chair", "m", [line], "chair")
-        (folder / "chair-objects.json").write_text(json.dumps([line | {"hallucinated": objects}]))
+        content = {"lists": {}, "captions": [line | {"hallucinated": objects}]}
+        (folder / "chair-objects.json").write_text(json.dumps(content))
     _files(tmp_path, "random", RANDOM)
     lines = (folders[1] / "random.jsonl").read_text().splitlines()
     failed = json.loads(lines[1]) | {"answer": "", "error": "no reply in 60 s"}

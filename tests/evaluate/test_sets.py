@@ -115,7 +115,7 @@ def test_mmbench_counts_a_question_whose_rotations_are_all_right(tmp_path):
         sets.mmbench(_source(tmp_path, _tsv(tmp_path / "test.tsv", rows)))
     rows[0] |= {"image": "9", "answer": "A"}
     rows = [row | {"answer": "A", "image": image if i else "9"} for i, row in enumerate(rows)]
-    with pytest.raises(ValueError, match="row 1 of .* takes the image of row '9', which has none"):
+    with pytest.raises(ValueError, match="row 1 of .* takes the image of row '9', which this file"):
         sets.mmbench(_source(tmp_path, _tsv(tmp_path / "dev.tsv", rows)))
 
 
@@ -219,7 +219,7 @@ def test_textvqa_and_vizwiz(tmp_path):
     assert {group: row["accuracy"] for group, row in found.items()} == {"all": 0.5, "other": 0.5}
     del row["answers"]
     (tmp_path / "vizwiz.json").write_text(json.dumps([row]))
-    with pytest.raises(ValueError, match="has no answers.*The test split has no answers"):
+    with pytest.raises(ValueError, match="has None as answers.*The test split has no answers"):
         sets.vizwiz(_source(tmp_path, tmp_path / "vizwiz.json"))
 
 
@@ -237,25 +237,32 @@ def test_mme_from_its_folder_and_from_a_table(tmp_path):
             (folder / ("images" if inside else "") / f"{name}.png").write_bytes(_png(1))
     questions = _only(sets.mme(_source(tmp_path, tmp_path / "mme")))
     assert [question.image for question in questions[::2]] == [
-        "OCR/images/1.png", "OCR/images/2[a].png", "count/1.png", "count/2[a].png",
+        "count/1.png", "count/2[a].png", "OCR/images/1.png", "OCR/images/2[a].png",
     ]  # fmt: skip
     assert questions[0].text == "Is it 1? Please answer yes or no."
-    answers = ["Yes", "No", "yes", "Yes.", "Nothing", "no", "I see", "No"]
+    answers = ["Nothing", "no", "I see", "No", "Yes", "No", "yes", "Yes."]
     found = _rows("mme", questions, answers, "authors")
-    # OCR: 3 of 4 questions, 1 of 2 images. count: "Nothing" is no, so 2 of 4 questions, no image.
+    # count: "Nothing" is no, so 2 of 4 questions, no image. OCR: 3 of 4 questions, 1 of 2 images.
     assert [(g, row["score"], row["accuracy"], row["acc+"]) for g, row in found.items()] == [
-        ("OCR", 125, 0.75, 0.5),
         ("count", 50, 0.5, 0),
+        ("OCR", 125, 0.75, 0.5),
     ]
+    (tmp_path / "mme" / "eval_tool").mkdir()
+    (tmp_path / "mme" / "eval_tool" / "readme.txt").write_text("How to score")  # as in the release
+    assert len(_only(sets.mme(_source(tmp_path, tmp_path / "mme", limit=3)))) == 4  # whole pairs
     rows = [
         {"question_id": f"OCR/{i // 2}.png", "image": {"bytes": _png(i // 2), "path": None}}
         | {"question": f"{i}?", "answer": "Yes" if i % 2 else "No", "category": "OCR"}
         for i in range(4)
     ]
     questions = _only(sets.mme(_source(tmp_path, _parquet(tmp_path / "mme.parquet", rows))))
-    assert [question.facts["pair"] for question in questions] == ["OCR/0.png"] * 2 + [
-        "OCR/1.png"
+    assert [question.facts["pair"] for question in questions] == ["OCR/OCR/0.png"] * 2 + [
+        "OCR/OCR/1.png"
     ] * 2
+    for number, row in enumerate(rows):
+        row["question_id"] = str(number)
+    with pytest.raises(ValueError, match="MME asks two questions about an image, and OCR/0 has 1"):
+        sets.mme(_source(tmp_path, _parquet(tmp_path / "mme.parquet", rows)))
     assert len({question.image for question in questions}) == 2
     (tmp_path / "mme" / "count" / "1.png").unlink()
     with pytest.raises(ValueError, match="1.txt has 0 images in"):
@@ -388,7 +395,7 @@ def test_the_commands_write_answers_and_figures(tmp_path, images, amber_data, ca
     [
         (
             "mmstar",
-            [{"index": "0", "question": "?", "A": "x", "answer": "B"}],
+            [{"index": "0", "question": "?", "A": "x", "answer": "B", "image": "0.png"}],
             "its answer is 'B', but",
         ),
         ("mmstar", [{"index": "0", "question": "?", "A": "x"}], "row 1 of .* has no answer"),
@@ -404,7 +411,7 @@ def test_the_commands_write_answers_and_figures(tmp_path, images, amber_data, ca
         ),
         (
             "mmbench",
-            [{"index": "x", "question": "?", "A": "x", "B": "y", "answer": "A"}],
+            [{"index": "x", "question": "?", "A": "x", "B": "y", "answer": "A", "image": "0.png"}],
             "index is 'x'",
         ),
         ("mme", [{"question": "?", "answer": "maybe", "category": "OCR"}], "must be yes or no"),
@@ -414,6 +421,104 @@ def test_faulty_rows_are_named(name, rows, problem, tmp_path):
     file = _tsv(tmp_path / "x.tsv", rows)
     with pytest.raises(ValueError, match=problem):
         getattr(sets, name)(_source(tmp_path, file))
+
+
+def test_tables_of_vlmevalkit(tmp_path):
+    image = base64.b64encode(_png(7)).decode()
+    row = {"index": 4, "image": image, "question": "Which?", "A": "x", "B": "y", "answer": "B"}
+    (question,) = _only(sets.scienceqa(_source(tmp_path, _tsv(tmp_path / "s.tsv", [row]))))
+    assert (question.id, question.facts["label"], question.text) == ("4", "B", "Which?\nA. x\nB. y")
+    rows = [row | {"index": 1}, row | {"index": 2, "answer": "A"}]
+    questions = _only(sets.mmvp(_source(tmp_path, _tsv(tmp_path / "p.tsv", rows))))
+    assert [(q.facts["label"], q.facts["pair"]) for q in questions] == [("B", "0"), ("A", "0")]
+    people = str(["red"] * 9 + ["a 'b'"])
+    row = {"index": 4, "image": image, "question": "Which?", "answer": people}
+    (question,) = _only(sets.textvqa(_source(tmp_path, _tsv(tmp_path / "t.tsv", [row]))))
+    assert question.facts["answers"] == ["red"] * 9 + ["a 'b'"]
+    row = {"index": 4, "image": image, "question": "Dog?", "answer": "Yes", "category": "random"}
+    (question,) = sets.pope(_source(tmp_path, _tsv(tmp_path / "POPE.tsv", [row])))["POPE"]
+    assert question.facts == {"label": "yes", "groups": ["random"]}
+
+
+def test_empty_cells_are_no_options(tmp_path):
+    rows = [
+        {"index": 1, "question": "?", "hint": float("nan"), "A": 3, "B": 4, "C": None}
+        | {"D": float("nan"), "answer": "A", "image": {"bytes": _png(1), "path": None}},
+        {"index": 2, "question": "?", "hint": None, "A": 3, "B": 4, "C": 1, "D": "None"}
+        | {"answer": "A", "image": {"bytes": _png(1), "path": None}},
+    ]
+    for row in rows:
+        row["D"] = str(row["D"])
+    file = _parquet(tmp_path / "m.parquet", rows)  # C has a gap, so it is a column of floats
+    questions = _only(sets.mmbench(_source(tmp_path, file)))
+    assert questions[0].text == "?\nA. 3\nB. 4"
+    assert questions[1].text == "?\nA. 3\nB. 4\nC. 1\nD. None"
+    row = {"index": 1, "question": 'a "b" c', "A": "x", "B": "NaN", "answer": "A", "image": "1.png"}
+    (tmp_path / "q.tsv").write_text(
+        "\t".join(row) + "\n" + "\t".join(map(str, row.values())) + "\n"
+    )
+    (question,) = _only(sets.mmstar(_source(tmp_path, tmp_path / "q.tsv")))
+    assert question.text == 'a "b" c\nA. x'
+
+
+def test_rows_without_an_image_are_named(tmp_path):
+    row = {"index": 1, "question": "?", "A": "x", "answer": "A", "picture": {"bytes": _png(1)}}
+    for name, more in (("mmstar", {}), ("realworldqa", {}), ("vizwiz", {"answers": ["a", "b"]})):
+        file = _parquet(tmp_path / f"{name}.parquet", [row | more])
+        with pytest.raises(ValueError, match="has no image. Name the column of the images `image`"):
+            getattr(sets, name)(_source(tmp_path, file))
+    row = {"question": "?", "answer": "Yes", "category": "OCR", "image_path": "a/1.png"}
+    rows = [row, row | {"answer": "No"}]
+    questions = _only(sets.mme(_source(tmp_path, _tsv(tmp_path / "m.tsv", rows))))
+    assert [question.image for question in questions] == ["a/1.png"] * 2
+
+
+def test_pairs_and_rotations_are_not_cut(tmp_path):
+    rows = [
+        {"Index": i, "Question": f"Is it {(i - 1) // 2}?", "Options": "(a) Yes (so) (b) No"}
+        | {"Correct Answer": "(a)"}
+        for i in range(1, 7)
+    ]
+    file = _tsv(tmp_path / "Questions.csv", rows, ",")
+    questions = _only(sets.mmvp(_source(tmp_path, file, limit=3)))
+    assert [question.facts["pair"] for question in questions] == ["0", "0", "1", "1"]
+    assert questions[0].facts["options"] == {"A": "Yes (so)", "B": "No"}
+    with pytest.raises(ValueError, match="pair 1 has 2 images and 2 questions"):
+        sets.mmvp(_source(tmp_path, _tsv(tmp_path / "Questions.csv", rows[1:], ",")))
+    row = {"question": "?", "A": "x", "B": "y", "answer": "A", "image": "1.png"}
+    rows = [row | {"index": i + 1_000_000 * turn} for turn in range(2) for i in range(1, 5)]
+    questions = _only(sets.mmbench(_source(tmp_path, _tsv(tmp_path / "d.tsv", rows), limit=3)))
+    assert [q.id for q in questions] == ["1", "2", "1000001", "1000002"]
+
+
+def test_several_files_are_one_benchmark(tmp_path):
+    people = ["red"] * 10
+    for name, number in (("a", 1), ("b", 2)):
+        data = [{"question_id": number, "question": "?", "image_id": "x", "answers": people}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"data": data}))
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    assert [q.id for q in _only(sets.textvqa(_source(tmp_path, *paths)))] == ["1", "2"]
+    with pytest.raises(FileNotFoundError, match="c.json"):
+        sets.textvqa(_source(tmp_path, *paths, tmp_path / "c.json"))
+    with pytest.raises(ValueError, match="there are 2 files. Give one problems.json"):
+        sets.scienceqa(_source(tmp_path, *paths))
+    data[0]["answers"] = [""] * 10  # the Hub's test split
+    paths[1].write_text(json.dumps({"data": data}))
+    with pytest.raises(ValueError, match="must be the answers of at least two people"):
+        sets.textvqa(_source(tmp_path, *paths))
+
+
+def test_labels_of_realworldqa(tmp_path):
+    text = "Which way?\nA. Left.\nB. Right."
+    rows = [
+        {"image": "0.webp", "question": text, "answer": label} for label in ("a", "(B)", "Left.")
+    ]
+    file = tmp_path / "annotations.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    questions = _only(sets.realworldqa(_source(tmp_path, file)))
+    assert [question.facts["label"] for question in questions] == ["A", "B", "Left."]
+    found = _rows("realworldqa", questions, ["A", "B", "left"])
+    assert found["all"]["accuracy"] == 1
 
 
 def test_faulty_files_are_named(tmp_path):
