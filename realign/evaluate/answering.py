@@ -242,19 +242,21 @@ def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {line["id"]: line for line in lines}
 
 
-def read_sheet(file: Path) -> list[dict[str, Any]]:
+def read_sheet(file: Path, *, whole: bool = False) -> list[dict[str, Any]]:
     """The lines of an answers file: the first with the settings, then one for each answer.
 
-    A last line without its end, left by a crash, is left out.
+    A last line without its end, left by a crash, is left out, or an error with `whole`.
 
     Raises:
         ValueError: for another file.
     """
     try:
-        texts = read_text(file).split("\n")[:-1]  # the last may be cut
+        *texts, rest = read_text(file).split("\n")
         lines = [json.loads(text) for text in texts if text.strip()]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a file of answers ({shorten(str(error))}).") from error
+    if whole and rest:
+        raise ValueError(f"{file} ends in a cut line. Run its command again, which resumes.")
     objects = lines and all(isinstance(line, dict) for line in lines)
     if not objects or not isinstance(lines[0].get("asked"), dict):
         raise ValueError(f"{file} is not a file of answers: its first line does not name a model.")

@@ -249,7 +249,7 @@ def read_answered(path: str | Path) -> dict[str, Answered]:
         )
     found: dict[str, Answered] = {}
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-        head, *lines = read_sheet(file)
+        head, *lines = read_sheet(file, whole=True)
         name = head.get("benchmark") or _guess(lines)
         if not isinstance(name, str) or name not in BENCHMARKS:
             raise ValueError(f"{file} answers {name!r}, which is not a benchmark of this version.")

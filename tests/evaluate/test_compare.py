@@ -214,6 +214,14 @@ def test_other_questions_and_settings_are_errors(run, tmp_path, change, message)
     assert code == 1 and out.startswith("error: a and c ") and message in out
 
 
+def test_a_cut_file_is_named(run, tmp_path):
+    _models(tmp_path)
+    file = tmp_path / "dpo" / "random.jsonl"
+    file.write_text(file.read_text()[:-9])
+    code, out = run("base", "dpo")
+    assert code == 1 and "random.jsonl ends in a cut line. Run its command again" in out
+
+
 def test_files_that_only_some_models_have_are_errors(run, tmp_path):
     _models(tmp_path)
     _write(tmp_path / "rdpo_1" / "more.jsonl", [1])
