@@ -274,7 +274,7 @@ def generative(captions: Sequence[Caption]) -> Generative:
 
 
 def verdict(answer: str) -> str | None:
-    """Yes or no as AMBER's authors read it: the answer must be "Yes" or "No", to the letter."""
+    """Yes or no as AMBER's authors read it: the answer must be exactly "Yes" or "No"."""
     return {"Yes": "yes", "No": "no"}.get(answer)
 
 
