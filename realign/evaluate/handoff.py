@@ -25,7 +25,8 @@ def hand_off(model: str, output: str | Path, base: str | None = None) -> str:
 
     Args:
         model: folder or Hub name. An adapter is merged into its base.
-        output: folder to write, with the complete model, its processor and vlmevalkit.json.
+        output: folder to write, with the complete model, its processor, vlmevalkit.json and
+            commands.txt.
         base: folder or Hub name of the model before training, for a `model` that is no adapter.
 
     Returns:
@@ -41,8 +42,12 @@ def hand_off(model: str, output: str | Path, base: str | None = None) -> str:
     output = Path(os.path.abspath(export_whole(model, Path(output))))
     dtype = from_pretrained(AutoConfig, output).dtype
     models = {"base": base, "aligned": str(output)}
-    lines = [f"wrote {output} ({kind}, {str(dtype).removeprefix('torch.')}), base {base}"]
-    return "\n".join([*lines, *_lmms_eval(kind, models), *_vlmevalkit(kind, models, output)])
+    commands = "\n".join([*_lmms_eval(kind, models), *_vlmevalkit(kind, models, output)])
+    write_whole(output / "commands.txt", commands + "\n")
+    about = f"{kind}, {str(dtype).removeprefix('torch.')}"
+    return (
+        f"wrote {output} ({about}), base {base}; commands.txt there has these commands:\n{commands}"
+    )
 
 
 def _base_of(model: str, base: str | None) -> tuple[str, str]:

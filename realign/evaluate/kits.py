@@ -75,8 +75,8 @@ _OMNI = "(?i)omni"
 
 VLMEVAL = {
     "llava_onevision": Route("LLaVA_OneVision_HF"),
-    "qwen2_vl": Route("Qwen2VLChat", _QWEN2),
-    "qwen2_5_vl": Route("Qwen2VLChat", _QWEN2 | {"use_custom_prompt": False}),
+    "qwen2_vl": Route("Qwen2VLChat", _QWEN2, _OMNI, matches=False),
+    "qwen2_5_vl": Route("Qwen2VLChat", _QWEN2 | {"use_custom_prompt": False}, _OMNI, matches=False),
     "qwen3_vl": Route("Qwen3VLChat", _QWEN3_VL, _OMNI, matches=False),
     "qwen3_vl_moe": Route("Qwen3VLChat", _QWEN3_VL, _OMNI, matches=False),
     "qwen3_5": Route("Qwen3VLChat", _QWEN3_5, _OMNI, matches=False),

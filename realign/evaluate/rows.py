@@ -21,15 +21,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from realign.data.errors import short_repr, shorten
+from realign.data.images import ImageError, StoredImage
 from realign.evaluate.files import Field, check_row, read_rows, read_text
 from realign.files import check_folder, write_whole
 
 IMAGE = "image"
 """Name of the column with the image."""
 _BATCH = 64  # rows of a Parquet file in memory, with their images
+_STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
+"""First bytes of an image -> suffix of its file, for people. Readers look at the bytes."""
 _LONGEST_NAME = 64
 """An image column with text of at most this length names the row that has the image, as in the TSV
 files of VLMEvalKit."""
@@ -163,11 +165,10 @@ def _with_file(row: dict[str, Any], images: Path, place: str, inside: bool) -> d
 
 def _write(data: bytes, images: Path, place: str) -> str:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            suffix = (image.format or "image").lower()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = shorten(str(error))
-        raise ValueError(f"{place}: its image cannot be read ({why}).") from None
+        StoredImage(data=data).size()
+    except ImageError as error:
+        raise ValueError(f"{place}: its image cannot be read ({error}).") from None
+    suffix = next((name for start, name in _STARTS.items() if data.startswith(start)), "image")
     name = f"{hashlib.blake2b(data, digest_size=16).hexdigest()}.{suffix}"
     if not (images / name).is_file():
         check_folder("--image-folder", images)
