@@ -116,8 +116,8 @@ def write_gallery(
 
     Raises:
         FileNotFoundError: if a path does not exist.
-        ValueError: for answers to different questions or without labels, a number out of range,
-            or an output that would overwrite a file beside the answers or the images.
+        ValueError: for answers to different questions or without labels, a number out of range, or
+            an output that would overwrite an input.
     """
     check_numbers(most=most, side=side)
     inputs = [Path(path) for path in (first, second, image_folder) if path is not None]

@@ -128,11 +128,11 @@ class Page:
         images: `Album.images`.
         orders: sort orders; the first is the default.
         labels: labels in their order in the filter. Further labels of the cards are sorted.
-        rules: file -> rules to choose from, the default first. The file "" stands for all files.
+        rules: file -> rules to choose from, the default first. The file "" has those of all files.
             Without any, the cards use the rule "".
         groups: files to choose from.
         totals: file -> rule -> (label, number, tone) of all its items, also of those that are not
-            shown. The file "" has those of all files.
+            shown. The file "" has the totals of all files.
         notes: sentences above the cards, such as how they were selected.
     """
 
