@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ def compare(args: argparse.Namespace) -> str:
     """
     kind = _check_outputs(args)
     paths = [Path(path) for path in (args.base, *args.models)]
+    suffixes = {suffix for of_kind in FORMATS.values() for suffix in of_kind} | set(PLOTS)
+    for flag, path in (("--output", args.output), ("--plot", args.plot)):
+        if path is not None:
+            check_overwritten(flag, path, paths, suffixes)
     found, names = read_models(paths), distinct_names(paths)
-    _check_overwritten(args, found)
     rows = _rows(names, found, args.seed, _chosen(args.rule, found[0]))
     table, notes = _table(rows), [*_skipped(paths, found), *_notes(rows)]
     shown = _formatted(table, notes, "text" if args.output else kind)
@@ -51,8 +54,12 @@ def compare(args: argparse.Namespace) -> str:
     return "\n".join([shown, *written])
 
 
-def read_models(paths: Sequence[Path]) -> list[dict[str, Answered]]:
+def read_models(paths: Sequence[Path], second: str = "MODEL") -> list[dict[str, Answered]]:
     """The answers of each model by the name of a file. Single files may have any names.
+
+    Args:
+        paths: answers files, or folders of runs.
+        second: name of the arguments after BASE, for errors.
 
     Raises:
         FileNotFoundError: if a path does not exist.
@@ -61,7 +68,7 @@ def read_models(paths: Sequence[Path]) -> list[dict[str, Answered]]:
     for number, path in enumerate(paths):
         if not path.exists():
             raise FileNotFoundError(
-                f"{'MODEL' if number else 'BASE'}: there is no answers file or folder {path}. Pass "
+                f"{second if number else 'BASE'}: there is no answers file or folder {path}. Pass "
                 "the --output of a run."
             )
     found = [read_answered(path) for path in paths]
@@ -124,12 +131,34 @@ def _check_outputs(args: argparse.Namespace) -> str:
     return kind or "text"
 
 
-def _check_overwritten(args: argparse.Namespace, found: Sequence[Mapping[str, Answered]]) -> None:
-    for flag in ("output", "plot"):
-        path = getattr(args, flag)
-        for answered in (answered for model in found for answered in model.values()):
-            if path is not None and _same(path, answered.file):
-                raise ValueError(f"--{flag} {path} is a file of answers. Name another file.")
+def check_overwritten(
+    flag: str, path: str | Path, models: Sequence[Path], suffixes: Collection[str]
+) -> None:
+    """Check that an output overwrites no file of answers, and no other file of the inputs' folders.
+
+    Args:
+        flag: the flag that names the output, for the message.
+        path: the output.
+        models: answers files, folders of runs, or other folders that are read.
+        suffixes: suffixes of earlier outputs, which may be replaced.
+
+    Raises:
+        ValueError: for an output that would overwrite such a file.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    own = path.suffix.lower() in suffixes
+    for model in filter(Path.exists, models):
+        folder = model if model.is_dir() else model.parent
+        # A link may have another name than the answers.
+        answers = [file for file in (model, *folder.glob("*.json*")) if file.exists()]
+        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+        if any(path.samefile(file) for file in answers) or (inside and not own):
+            raise ValueError(
+                f"{flag} {path} is a file of answers, or is in a folder of the inputs. Name "
+                "another file."
+            )
 
 
 def _same(first: str | Path, second: str | Path) -> bool:

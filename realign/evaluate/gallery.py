@@ -17,7 +17,7 @@ from typing import Any
 from realign.data.errors import shorten
 from realign.data.images import DataFolder, StoredImage
 from realign.evaluate.benchmarks import BENCHMARKS, Answered, Line, units
-from realign.evaluate.compare import match, read_models
+from realign.evaluate.compare import check_overwritten, match, read_models
 from realign.files import check_file
 from realign.pairs.page import (
     Album,
@@ -106,56 +106,60 @@ def write_gallery(
         second: answers of the second model to the same questions.
         output: HTML file to write.
         image_folder: folder that contains the images. None means the folder of `first`.
-        most: maximum number of questions to show, chosen in the order of `_CLASSES`. Each class is
-            sampled evenly. 0 shows all.
+        most: maximum number of questions to show, chosen in the order of `_CLASSES`. The files
+            share the room of a class, and each is sampled evenly. 0 shows all.
         side: longer side of a thumbnail, in pixels.
 
     Returns:
-        The report: the numbers of each state, the selection, and images that are not shown.
+        The report: the numbers of each state by file and rule, the selection, and images that are
+        not shown.
 
     Raises:
         FileNotFoundError: if a path does not exist.
-        ValueError: for answers to different questions or without labels, or a number out of range.
+        ValueError: for answers to different questions or without labels, a number out of range, or
+            an output that would overwrite an input.
     """
     check_numbers(most=most, side=side)
+    inputs = [Path(path) for path in (first, second, image_folder) if path is not None]
+    check_overwritten("--output", output, inputs, (".html", ".htm"))
     items = _read(first, second)
     album = Album(side, DataFolder.of_images(Path(first), image_folder))
     choices = dict.fromkeys(rule for i in items if len(i.scores) > 1 for rule in i.scores)
-    rules = list(choices) or [""]
     shown, selection = _selection(items, most)
     cards = [_card(item, [*choices, ""], album) for item in shown]
-    files = list(dict.fromkeys(item.file for item in items))
-    totals = {rule: _totals(items, rule) for rule in rules}
+    by_file = {file: list(group) for file, group in groupby(items, lambda item: item.file)}
+    files, table = list(by_file), _table(by_file)
+    rules = {"": list(choices)} | {file: list(own[0].scores) for file, own in by_file.items()}
+    totals = {
+        file: {rule: _totals(members, rule) for rule in rules[file] or [""]}
+        for file, members in {"": items, **by_file}.items()
+    }
     count = f"{len(items):,} questions"
     count = count if len(shown) == len(items) else f"{len(shown):,} of {count}"
     heading = " → ".join(items[0].titles)
     page = Page(
         heading=heading,
         about=f"{count} in {files[0] if len(files) == 1 else f'{len(files)} files'}",
-        figures=("Totals of all questions by file and rule", _table(items)),
+        figures=("Totals of all questions by file and rule", table),
         thing="question",
         all="All questions",
         cards=cards,
         images=album.images,
         orders=_ORDERS,
         labels=(*_STATES, _DIFFER),
-        rules=list(choices),
+        rules=rules,
         groups=files,
         totals=totals,
         notes=[note for note in (selection, album.report()) if note],
     )
     write_page(output, f"Answers: {heading}", page)
-    lines = [f"wrote {output}: {count}, {Path(output).stat().st_size / 1e6:.1f} MB"]
-    for rule, numbers in totals.items():
-        states = ", ".join(f"{number:,} {label}" for label, number, _ in numbers)
-        name = rule or ", ".join(dict.fromkeys(next(iter(item.scores)) for item in items))
-        lines.append(f"{name}: {states}")
-    return "\n".join([*lines, *page.notes])
+    wrote = f"wrote {output}: {count}, {Path(output).stat().st_size / 1e6:.1f} MB"
+    return "\n".join([wrote, table, *page.notes])
 
 
 def _read(first: str | Path, second: str | Path) -> list[_Item]:
     """Read and score the answers of both models. Single files may have any names."""
-    before, after = read_models([Path(first), Path(second)])
+    before, after = read_models([Path(first), Path(second)], "ALIGNED")
     matched = match(str(first), before, str(second), after)
     items = []
     for file, one in before.items():
@@ -206,12 +210,20 @@ def _selection(items: list[_Item], most: int) -> tuple[list[_Item], str]:
     taken: list[int] = []
     parts = []
     for kind, name in enumerate(_CLASSES):
-        places = [place for place, item in enumerate(items) if item.kind == kind]
-        chosen = spread(len(places), most - len(taken))
-        taken += [places[i] for i in chosen]
-        parts.append(f"{len(chosen):,} of {len(places):,} {name}")
-    selection = f"Questions shown: {', '.join(parts)}. Each part is sampled evenly (--most {most})."
-    return [items[place] for place in sorted(taken)], selection
+        files: dict[str, list[int]] = {}
+        for place, item in enumerate(items):
+            if item.kind == kind:
+                files.setdefault(item.file, []).append(place)
+        before = len(taken)
+        # A small file that needs less than its share leaves the rest to the larger ones.
+        for place, members in enumerate(sorted(files.values(), key=len)):
+            room = (most - len(taken)) // (len(files) - place)
+            taken += [members[i] for i in spread(len(members), room)]
+        parts.append(f"{len(taken) - before:,} of {sum(map(len, files.values())):,} {name}")
+    several = ", with equal room for each file" * (len({item.file for item in items}) > 1)
+    sampling = f"Each part is sampled evenly{several} (--most {most})."
+    shown = [items[place] for place in sorted(taken)]
+    return shown, f"Questions shown: {', '.join(parts)}. {sampling}"
 
 
 def _totals(items: list[_Item], rule: str) -> list[tuple[str, int, str]]:
@@ -219,11 +231,10 @@ def _totals(items: list[_Item], rule: str) -> list[tuple[str, int, str]]:
     return [(state, counts[state], tone) for state, tone in _STATES.items()]
 
 
-def _table(items: list[_Item]) -> str:
+def _table(by_file: Mapping[str, list[_Item]]) -> str:
     """Totals of each file by each of its rules."""
     rows = [("file", "rule", "questions", *_STATES)]
-    for file, group in groupby(items, lambda item: item.file):
-        members = list(group)
+    for file, members in by_file.items():
         for rule in members[0].scores:
             numbers = [f"{number:,}" for _, number, _ in _totals(members, rule)]
             rows.append((file, rule, f"{len(members):,}", *numbers))
@@ -308,11 +319,13 @@ def _failed(line: Mapping[str, Any]) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A value of an answers file as text, such as distinct names of a list."""
+    """A value of an answers file as text. Equal items of a list are counted, such as coke x 7."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(dict.fromkeys(map(_text, value))) or "none"
+        counts = Counter(map(_text, value)).most_common()
+        once = len(counts) == len(value)
+        return ", ".join(text if once else f"{text} x {n}" for text, n in counts) or "none"
     return "none" if value is None else shorten(str(value))
 
 

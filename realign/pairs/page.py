@@ -29,6 +29,11 @@ from realign.pairs.stats import Segments, image_digest
 _TEMPLATE = Path(__file__).with_name("page.html")
 _SMALL = 128  # pixels; images up to this size are not reduced, and are shown with sharp pixels
 
+_INVISIBLE = re.compile(
+    "[\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0001-\U000e007f]"
+)
+"""Controls of the text direction, and characters without a shape. They hide or reorder a text."""
+
 Verdicts = dict[str, tuple[str, str]]
 """Rule -> (tone, word). A tone is a class of the style: good, bad, part, low, high or "".
 
@@ -123,9 +128,11 @@ class Page:
         images: `Album.images`.
         orders: sort orders; the first is the default.
         labels: labels in their order in the filter. Further labels of the cards are sorted.
-        rules: rules to choose from. Without any, the cards use the rule "".
+        rules: file -> rules to choose from, the default first. The file "" has those of all files.
+            Without any, the cards use the rule "".
         groups: files to choose from.
-        totals: rule -> (label, number, tone) of all items, also of those that are not shown.
+        totals: file -> rule -> (label, number, tone) of all its items, also of those that are not
+            shown. The file "" has the totals of all files.
         notes: sentences above the cards, such as how they were selected.
     """
 
@@ -138,9 +145,9 @@ class Page:
     images: list[dict[str, Any]]
     orders: Sequence[Order]
     labels: Sequence[str] = ()
-    rules: Sequence[str] = ()
+    rules: dict[str, list[str]] = field(default_factory=dict)
     groups: Sequence[str] = ()
-    totals: dict[str, list[tuple[str, int, str]]] = field(default_factory=dict)
+    totals: dict[str, dict[str, list[tuple[str, int, str]]]] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
 
@@ -226,9 +233,14 @@ def write_page(output: str | Path, title: str, page: Page) -> None:
     )
     text = json.dumps(asdict(page), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     # Without `<`, no text in the block can end the block, or begin a tag or comment.
-    text = text.replace("<", "\\u003c")
-    parts = {"%POLICY%": policy, "%TITLE%": html.escape(title), "%DATA%": text}
+    text = _visible(text.replace("<", "\\u003c"))
+    parts = {"%POLICY%": policy, "%TITLE%": html.escape(_visible(title)), "%DATA%": text}
     filled = re.sub("|".join(parts), lambda match: parts[match[0]], template)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(filled.encode("utf-8", "replace"))
+
+
+def _visible(text: str) -> str:
+    """Text with invisible characters as escapes, such as ⟨U+202E⟩, because the rules read them."""
+    return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)

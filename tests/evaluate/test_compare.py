@@ -379,6 +379,17 @@ def test_files_that_cannot_be_written_are_named(run, tmp_path, words, message):
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
+def test_only_earlier_tables_beside_the_answers_are_overwritten(run, tmp_path):
+    _models(tmp_path)
+    (tmp_path / "base" / "metrics.json").write_text("kept")
+    table = ["base", "dpo", "--format", "text", "--output"]
+    code, out = run(*table, "base/metrics.json")
+    assert code == 1 and "is in a folder of the inputs. Name another file." in out
+    assert (tmp_path / "base" / "metrics.json").read_text() == "kept"
+    for _ in range(2):
+        assert run(*table, "base/table.txt")[0] == 0
+
+
 def test_the_plot_needs_matplotlib_before_the_work(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, out = run("missing", "missing", "--plot", "p.png")

@@ -1,7 +1,10 @@
 """`python -m realign.evaluate gallery`: states by rule, selection, images, texts and the page."""
 
 import json
+import os
 import re
+import unicodedata
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +56,20 @@ def _labels(page, rule):
     return {card["id"]: card["labels"][rule] for card in page.data["cards"]}
 
 
+def _totals(page):
+    return {
+        file: {rule: [number for _, number, _ in parts] for rule, parts in rules.items()}
+        for file, rules in page.data["totals"].items()
+    }
+
+
+def _table(report):
+    """The rows of the totals in a report, without their head."""
+    lines = [" ".join(line.split()) for line in report.splitlines()]
+    start = lines.index("file rule questions fixed broken both wrong both right") + 1
+    return [line for line in lines[start:] if re.search(r"( \d+){5}$", line)]
+
+
 def test_states_totals_and_verdicts_by_rule(tmp_path):
     page, report = _page(tmp_path, *_files(tmp_path, "random", RANDOM))
     data = page.data
@@ -66,11 +83,9 @@ def test_states_totals_and_verdicts_by_rule(tmp_path):
     }
     states = [labels[0] for labels in _labels(page, "exact").values()]
     assert states == ["fixed", "broken", "fixed", "both wrong", "both right"]
-    totals = {rule: [number for _, number, _ in parts] for rule, parts in data["totals"].items()}
-    assert totals == {"pope": [1, 1, 1, 2], "exact": [2, 1, 1, 1], "word": [1, 1, 1, 2]}
-    assert "exact: 2 fixed, 1 broken, 1 both wrong, 1 both right" in report.splitlines()
-    table = [line.split() for line in data["figures"][1].splitlines()]
-    assert table[2][-6:] == ["exact", "5", "2", "1", "1", "1"]
+    totals = {"pope": [1, 1, 1, 2], "exact": [2, 1, 1, 1], "word": [1, 1, 1, 2]}
+    assert _totals(page) == {"": totals, "random": totals}
+    assert data["figures"][1] in report and _table(report)[1] == "random exact 5 2 1 1 1"
     words = data["cards"][2]
     (turn,) = words["turns"]
     assert turn["prompt"] == [["", "Is there a words?"], ["gold label", "yes"]]
@@ -108,15 +123,15 @@ def test_graded_scores_and_units_of_several_questions(tmp_path, monkeypatch):
         for place in range(2)
     ]
     page, report = _page(tmp_path, *files)
-    assert "accuracy: 2 fixed, 1 broken, 1 both wrong, 1 both right" in report
+    assert _table(report) == ["graded accuracy 5 2 1 1 1"]
     states = [card["labels"][""] for card in page.data["cards"]]
     assert states == [["fixed"], ["broken"], ["both wrong"], ["both right"], ["fixed"]]
-    assert page.data["rules"] == [] and page.data["cards"][0]["chips"] == [
+    assert page.data["rules"][""] == [] and page.data["cards"][0]["chips"] == [
         {"name": "accuracy", "value": "0.30 → 0.60", "tone": "good"}
     ]
     turned = page.data["cards"][-1]
     asked = [turn["prompt"] for turn in turned["turns"]]
-    assert asked == [[["", f"turned-{i}?"], ["gold label", "a, b"]] for i in range(2)]
+    assert asked == [[["", f"turned-{i}?"], ["gold label", "a x 2, b x 1"]] for i in range(2)]
     assert [a["note"] for a in turned["turns"][1]["answers"]] == ["score: 0.0", "score: 1.0"]
     verdicts = [[a["verdicts"][""][1] for a in turn["answers"]] for turn in turned["turns"]]
     assert verdicts == [["right", "right"], ["wrong", "right"]]
@@ -153,12 +168,22 @@ def test_changed_questions_are_selected_first(tmp_path):
     )
     assert note in report and note in page.data["notes"]
     assert page.data["about"] == "8 of 33 questions in random"
-    totals = dict(pair[:2] for pair in page.data["totals"]["pope"])
-    assert totals == {"fixed": 1, "broken": 1, "both wrong": 10, "both right": 21}
+    assert _totals(page)[""]["pope"] == [1, 1, 10, 21]
     shown = [card["id"] for card in _page(tmp_path, *files, most=2)[0].data["cards"]]
     assert shown == ["fix30", "words32"]
     page, report = _page(tmp_path, *files, most=0)
     assert len(page.data["cards"]) == 33 and "Questions shown" not in report
+
+
+def test_each_file_has_equal_room(tmp_path):
+    """A small file leaves the rest of its share to the large ones."""
+    for name, number in (("large", 300), ("middle", 100), ("small", 4)):
+        _files(tmp_path, name, [(f"{name}{i}", "yes", "no", "yes") for i in range(number)])
+    page, report = _page(tmp_path, tmp_path / "before", tmp_path / "after", most=60)
+    shown = Counter(card["group"] for card in page.data["cards"])
+    assert shown == {"large": 28, "middle": 28, "small": 4}
+    assert "60 of 404 fixed or broken by any rule, 0 of 0 both wrong" in report
+    assert "Each part is sampled evenly, with equal room for each file (--most 60)." in report
 
 
 def test_images(tmp_path):
@@ -208,6 +233,20 @@ def test_texts_stay_texts(tmp_path):
     assert not re.search(r"https?:|url\(|@import|innerHTML|insertAdjacent|eval\(", page.text)
 
 
+def test_invisible_characters_are_shown(tmp_path):
+    """Text direction and characters without a shape must not hide the scored text."""
+    hidden = "\u202eon\u202c \u2066\u2069\u061c\u200f\u200b\xad\ufeff\U000e0041"
+    page, _ = _page(tmp_path, *_files(tmp_path, "random", [("a", "no", hidden, "no")]))
+    (turn,) = page.data["cards"][0]["turns"]
+    assert joined(turn["answers"][0]["segments"]) == (
+        "⟨U+202E⟩on⟨U+202C⟩ ⟨U+2066⟩⟨U+2069⟩⟨U+061C⟩⟨U+200F⟩⟨U+200B⟩⟨U+00AD⟩⟨U+FEFF⟩⟨U+E0041⟩"
+    )
+    assert not any(unicodedata.category(letter) == "Cf" for letter in page.text)
+    kept = "a👩\u200d🔬 می\u200cخواهم שלום é\n\t"  # joiners are part of emojis and of words
+    page, _ = _page(tmp_path, *_files(tmp_path, "random", [("a", "no", kept, "no")]))
+    assert joined(page.data["cards"][0]["turns"][0]["answers"][0]["segments"]) == kept
+
+
 def test_captions_and_failed_answers(tmp_path):
     folders = [tmp_path / "before", tmp_path / "after"]
     for folder, objects in zip(folders, (["dog"], []), strict=True):
@@ -230,9 +269,15 @@ def test_captions_and_failed_answers(tmp_path):
     # The rule `exact` does not exist for captions. They keep their own rule.
     assert caption["labels"]["exact"][0] == "fixed" and caption["group"] == "chair"
     assert caption["chips"][0]["name"] == "no hallucination"
-    assert page.data["rules"] == ["pope", "exact", "word"]
+    assert page.data["rules"] == {
+        "": ["pope", "exact", "word"],
+        "chair": ["no hallucination"],
+        "random": ["pope", "exact", "word"],
+    }
     assert asked["turns"][0]["answers"][1]["note"] == "error: no reply in 60 s"
-    assert "no answer" in asked["labels"]["pope"] and "exact: 2 fixed" in report
+    assert "no answer" in asked["labels"]["pope"]
+    assert _totals(page)[""]["exact"] == [2, 1, 2, 1]
+    assert _table(report)[::2] == ["chair no hallucination 1 1 0 0 0", "random exact 5 1 1 2 1"]
 
 
 def test_answers_are_matched_by_id(tmp_path):
@@ -268,21 +313,115 @@ def test_the_command(tmp_path, capsys):
     assert evaluate.main(["gallery", *files, "--output", str(output), "--most", "3"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"wrote .*page.html: 3 of 5 questions, 0.0 MB", printed[0])
-    assert printed[1:4] == [
-        "pope: 1 fixed, 1 broken, 1 both wrong, 2 both right",
-        "exact: 2 fixed, 1 broken, 1 both wrong, 1 both right",
-        "word: 1 fixed, 1 broken, 1 both wrong, 2 both right",
+    assert _table("\n".join(printed)) == [
+        "random pope 5 1 1 1 2",
+        "random exact 5 2 1 1 1",
+        "random word 5 1 1 1 2",
     ]
-    assert printed[4].startswith("Questions shown: 3 of 3 fixed or broken by any rule, 0 of 1 both")
-    assert printed[5] == "Images that are not shown: 3 missing. Check --image-folder."
+    assert printed[5].startswith("Questions shown: 3 of 3 fixed or broken by any rule, 0 of 1 both")
+    assert printed[6] == "Images that are not shown: 3 missing. Check --image-folder."
     for words, problem in (
-        ([files[0], str(tmp_path / "none")], "there is no answers file or folder"),
+        ([files[0], str(tmp_path / "none")], "ALIGNED: there is no answers file or folder"),
+        ([str(tmp_path / "none"), files[0]], "BASE: there is no answers file or folder"),
         ([*files, "--most", "-1"], "--most is -1; it must be 0 or more"),
         ([*files, "--side", "8"], "side is 8; it must be at least 16"),
         ([*files, "--image-folder", "none"], "--image-folder none is not a folder"),
     ):
         assert evaluate.main(["gallery", *words, "--output", str(tmp_path / "x.html")]) == 1
         assert problem in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "before/random.jsonl",
+        "after/random.jsonl",
+        "link.html",
+        "before/metrics.json",
+        "images/a.png",
+    ],
+)
+@pytest.mark.parametrize("folders", [True, False])
+def test_inputs_are_not_overwritten(tmp_path, monkeypatch, capsys, output, folders):
+    files = _files(tmp_path, "random", RANDOM)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for name in ("before/metrics.json", "before/gallery.html", "images/a.png"):
+        (tmp_path / name).write_text("kept")
+    os.link(files[1], tmp_path / "link.html")
+    paths = ["before", "after"] if folders else [str(file) for file in files]
+    command = ["gallery", *paths, "--image-folder", "images", "--output"]
+    before = Path(output).read_bytes()
+    assert evaluate.main([*command, output]) == 1
+    assert f"--output {output} is a file of answers, or is in a folder" in capsys.readouterr().err
+    assert Path(output).read_bytes() == before
+    assert evaluate.main([*command, "before/gallery.html"]) == 0  # an earlier gallery
+
+
+RULES = """
+const seen = [];
+const texts = (selector) => [...document.querySelectorAll(selector)].map((n) => n.textContent);
+const rules = document.getElementById("rule");
+const set = (id, value, event = "change") => {
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event(event));
+  seen.push([rules.hidden ? [] : texts("#rule option"), rules.value, texts("#totals :is(li, p)")]);
+};
+set("rule", "vqa");
+for (const file of ["a", "choice", "drinks", ""]) set("group", file);
+set("search", "COCO_2.png", "input");
+seen.push(texts("summary code"));
+document.body.dataset.seen = JSON.stringify(seen);
+"""
+
+
+def _mixed(tmp_path):
+    """Files of three benchmarks with other rules: POPE, MMBench and TextVQA."""
+    _files(tmp_path, "a", RANDOM)
+    for folder, letter, drink in (("before", "A", "coke"), ("after", "B", "water")):
+        line = {"id": "1", "question": "Which?", "image": "COCO_2.png", "unit": "1"}
+        line |= {"options": {"A": "x", "B": "y"}, "label": "B", "answer": letter}
+        _write(tmp_path / folder, "choice", "m", [line], "mmbench")
+        line = {"id": "2", "question": "Which?", "image": "3.png", "answer": drink}
+        line |= {"answers": ["pepsi", "coke"] * 3 + ["coke"] * 4}
+        _write(tmp_path / folder, "drinks", "m", [line], "textvqa")
+    return tmp_path / "before", tmp_path / "after"
+
+
+def test_totals_of_files_with_other_rules(tmp_path):
+    page, report = _page(tmp_path, *_mixed(tmp_path))
+    rows = _table(report)
+    assert [rows[0], rows[3]] == ["a pope 5 1 1 1 2", "choice letter 1 1 0 0 0"]
+    assert rows[5] == "drinks vqa 1 0 1 0 0" and len(rows) == 6
+    totals = _totals(page)
+    assert totals["choice"] == {"letter": [1, 0, 0, 0]}
+    assert totals[""]["vqa"] == [2, 2, 1, 2] and totals["drinks"]["vqa"] == [0, 1, 0, 0]
+    turn = page.data["cards"][-1]["turns"][0]
+    assert turn["prompt"][1] == ["gold label", "coke x 7, pepsi x 3"]
+
+
+@needs_browser
+def test_rules_of_each_file_in_a_browser(tmp_path):
+    write_gallery(*_mixed(tmp_path), tmp_path / "page.html")
+    steps = tmp_path / "steps.js"
+    steps.write_text(RULES)
+    everything, *files, again, _, found = operate(tmp_path / "page.html", steps)
+    names = ["pope", "exact", "word", *BENCHMARKS["textvqa"].rules]
+    assert everything == again == [
+        [f"Rule: {name}" for name in names],
+        "vqa",
+        ["All 7 questions by vqa or their own rule", "fixed 2", "broken 2"]
+        + ["both wrong 1", "both right 2"]
+        + ["Files without the rule vqa keep their own: pope for a; letter for choice."],
+    ]  # fmt: skip
+    yes_no, choice, drinks = files
+    assert yes_no[0] == [f"Rule: {name}" for name in names[:3]] and yes_no[1] == "pope"
+    assert yes_no[2] == [
+        "All 5 questions by pope", "fixed 1", "broken 1", "both wrong 1", "both right 2",
+    ]  # fmt: skip
+    assert choice[0] == [] and choice[2][:2] == ["All 1 questions by letter", "fixed 1"]
+    assert drinks[0] == [f"Rule: {name}" for name in names[3:]] and drinks[1] == "vqa"
+    assert found == ["1"]
 
 
 @needs_browser
@@ -297,7 +436,7 @@ def test_in_a_browser(tmp_path):
     pope, exact = options(2, 1, 1, 3, 5), options(3, 1, 1, 2, 5)
     assert seen == [
         [everything, pope],
-        ["All 7 questions", "fixed 2", "broken 1", "both wrong 1", "both right 3"],
+        ["All 7 questions by pope", "fixed 2", "broken 1", "both wrong 1", "both right 3"],
         ["Rule: pope", "Rule: exact", "Rule: word"],
         ["All files", "popular", "random"],
         [["more", "fix"], pope],
@@ -306,7 +445,7 @@ def test_in_a_browser(tmp_path):
         [["same", "words", "right"], pope],
         [["more", "fix", "break", "words", "wrong"], pope],
         [["more", "fix", "break", "words", "wrong"], exact],
-        ["All 7 questions", "fixed 3", "broken 1", "both wrong 1", "both right 2"],
+        ["All 7 questions by exact", "fixed 3", "broken 1", "both wrong 1", "both right 2"],
         [["more", "fix", "words"], exact],
         ["fixed"] * 3,
         ["base wrong", "rdpo right"],
