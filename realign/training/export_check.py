@@ -36,7 +36,7 @@ _NO_EFFECT = 1e-5
 and DoRA without an update, 7e-4 after one step of training with a learning rate of 5e-5."""
 _WEIGHTS = 0.02
 """Accepted error of a weight, as a share of the adapter's change of it. An adapter merged twice has
-1. Merging in bf16 instead of fp32 gave BFMERGE."""
+1. Merging the digits in bf16 instead of fp32 gave 0.002."""
 _MERGE = 1e-6
 """Accepted error of a merged weight beyond that, as a share of the weight. Merging in fp32 on
 another machine differs by the rounding of fp32, 1e-7."""
@@ -223,23 +223,25 @@ def _check_written(
         f"{gap.max():.2g}; the bound on the average is {bound:.2g}, from rounding to {name}"
     )
     close, share = bool(gap.mean() <= bound), 1.0
-    if worst is not None:
+    wrong = worst is not None and worst.wrong
+    if worst is not None and worst.error < math.inf:
         text += (
             f". The largest error of a weight is {worst.error:.1%} of the adapter's change of it"
         )
-        text += f" ({worst.name})" * worst.wrong
-        close &= not worst.wrong
+        text += f" ({worst.name})" * wrong
+    elif worst is not None:
+        text += f". The weight {worst.name} is missing, or differs and is not the adapter's"
     if before is not None:
         share = _share(before, exact, written)
         text += f". It has {share:.0%} of the adapter's change"
-    if not close or not _SHARES[0] < share < _SHARES[1]:
+    if wrong or not close or not _SHARES[0] < share < _SHARES[1]:
         reason = "Export the model again."
         if before is not None:
             if abs(share) < 0.1:
                 reason = "The adapter is not in it. " + reason
-            elif worst is None or worst.wrong:
+            elif wrong:
                 reason = "It may be merged twice, or another adapter was merged. " + reason
-            if not _SHARES[0] < _share(before, exact, rounded) < _SHARES[1]:
+            if not wrong and not _SHARES[0] < _share(before, exact, rounded) < _SHARES[1]:
                 reason = f"Rounding to {name} loses the adapter's change. Export with --dtype fp32."
         raise ValueError(f"{text}. {reason}")
     return f"{text}; {_different(exact, written)} of {len(written.answers)} greedy answers differ"
