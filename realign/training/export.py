@@ -92,7 +92,8 @@ def export_whole(
 ) -> Path:
     """Write a whole model that transformers loads by itself. An adapter is merged in fp32.
 
-    The model card is copied, except for an adapter's card by another trainer.
+    The model card is copied, except for an adapter's card by another trainer. `missing_card` gives
+    the reason if there is none.
 
     Args:
         model: folder of an adapter or a whole model, or a name on the Hub.

@@ -78,8 +78,8 @@ def prepare(repo: str, *, private: bool) -> Target:
         private: whether to create a private repository.
 
     Raises:
-        ValueError: for an invalid name or one that holds a token, a missing or invalid token, no
-            right to write, or a public repository with `private`.
+        ValueError: for an invalid name, a name with a token, a missing or invalid token, no right
+            to write, or a public repository with `private`.
     """
     token = get_token()
     if _LIKE_TOKEN.search(repo) or "@" in repo or (token is not None and token in repo):
