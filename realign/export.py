@@ -19,7 +19,7 @@ from realign.modeling.loading import DTYPES
 from realign.terminal import printable, show
 from realign.third_party import silence_third_party
 from realign.training import push
-from realign.training.export import export_whole
+from realign.training.export import export_whole, missing_card
 from realign.training.export_check import check_export, first_records
 
 
@@ -59,6 +59,15 @@ class ExportConfig:
             raise ValueError(
                 f"--output is {self.output!r}, the current folder, which the export would replace. "
                 "Name another folder, such as ./merged."
+            )
+        if (
+            self.check is not None
+            and self.output is not None
+            and Path(self.output).resolve() == Path(self.model).resolve()
+        ):
+            raise ValueError(
+                f"--check: --model and --output are the same folder, {self.output}, which would be "
+                "compared with itself. Name the model that it was made from in --model."
             )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
@@ -151,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config.check, config.image_folder, config.check_records, split=config.split
         )
     folder = Path(config.output or config.model)
-    if target is not None and config.output is None:
+    if target is not None and not config.writes:
         push.check_folder(folder)
     if config.writes:
         export_whole(
@@ -161,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             evaluation=evaluation_of(Path(config.metrics)) if config.metrics is not None else None,
         )
         show(f"wrote {folder}")
+        if line := missing_card(config.model, folder):
+            show(line)
     if records is not None:
         for line in check_export(config.model, folder, records):
             show(line)

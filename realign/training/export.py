@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +21,11 @@ from realign.files import check_folder, read_limited
 from realign.modeling.loading import from_pretrained, load_model, load_processor
 from realign.modeling.merging import adapter_base, cast, merge, put_on
 from realign.modeling.model import ForestModel
+from realign.modeling.model_files import find_file
 from realign.training.model_card import with_evaluation, without_adapter
 from realign.training.serving import commands
 
-MOST_CARD = 16 << 20  # bytes
+_MOST_CARD = 16 << 20  # bytes
 
 
 def stored_dtype(model: str) -> torch.dtype:
@@ -66,7 +69,7 @@ def export_trained(
 
     def write() -> None:
         try:
-            with _replaced(folder) as partial:
+            with _replacing(folder, old=True) as partial:
                 _save(partial, state, model, adapter, base if merged else None)
                 processor.save_pretrained(partial)
                 (partial / "README.md").write_text(card(partial), encoding="utf-8")
@@ -89,7 +92,8 @@ def export_whole(
 ) -> Path:
     """Write a whole model that transformers loads by itself. An adapter is merged in fp32.
 
-    The model card is copied, except for an adapter's card by another trainer.
+    The model card is copied, except for an adapter's card by another trainer. `missing_card` gives
+    the reason if there is none.
 
     Args:
         model: folder of an adapter or a whole model, or a name on the Hub.
@@ -109,40 +113,84 @@ def export_whole(
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists already and is not empty. Name another --output.")
     processor = load_processor(model)
-    with _replaced(folder) as partial:
+    card = _whole_card(model, evaluation)
+    with _replacing(folder) as partial:
         vlm = cast(load_model(model), dtype or stored_dtype(model))
         vlm.save_pretrained(partial)
         processor.save_pretrained(partial)
-        card = None
-        if (old_card := Path(model) / "README.md").exists():
-            card = read_limited(old_card, MOST_CARD).decode()
-            if base := adapter_base(model):
-                kind = vlm.config.model_type
-                use = commands(partial, adapter=False, base=base, model_type=kind)
-                card = without_adapter(card, use)
-        if evaluation is not None:
-            evaluated = with_evaluation(card, evaluation) if card else None
-            if evaluated == card:
-                raise ValueError(
-                    f"{model} has no model card of this project to add metrics to. Leave out "
-                    "--metrics."
-                )
-            card = evaluated
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
+def read_card(model: str) -> str:
+    """The text of a model's card with line ends of Unix, "" without one.
+
+    Args:
+        model: folder or Hub name.
+
+    Raises:
+        OSError: for a card that cannot be read.
+        ValueError: for a card that is too large.
+    """
+    if (file := find_file(model, "README.md")) is None:
+        return ""
+    # Some editors write a byte order mark and line ends of Windows.
+    text = read_limited(file, _MOST_CARD).decode("utf-8-sig", errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def missing_card(model: str, folder: Path) -> str | None:
+    """A line with the reason why an exported folder has no model card; None if it has one."""
+    if (folder / "README.md").exists():
+        return None
+    why = f"{model} has none"
+    if read_card(model):
+        why = f"that of {model} is by another trainer and describes an adapter"
+    return f"{folder} has no model card: {why}"
+
+
+def _whole_card(model: str, evaluation: str | None) -> str | None:
+    """The card of the whole model; None without one. See `export_whole`."""
+    card = read_card(model) or None
+    if card and (base := adapter_base(model)):
+        kind = from_pretrained(AutoConfig, base, adapter=model).model_type
+        use = commands(Path(model), adapter=False, base=base, model_type=kind)
+        card = without_adapter(card, use)
+    if evaluation is None:
+        return card
+    if not card or (card := with_evaluation(card, evaluation)) is None:
+        raise ValueError(
+            f"{model} has no model card of this project to add metrics to. Leave out --metrics."
+        )
+    return card
+
+
 @contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A new folder that replaces `folder` at the end of the context. An error removes it."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+def _replacing(folder: Path, *, old: bool = False) -> Iterator[Path]:
+    """A new folder that is renamed to `folder` at the end of the context. An error removes it.
+
+    Its name is unpredictable, so it is no folder of the user or of another export.
+
+    Args:
+        folder: the folder to write. Missing parents are created.
+        old: whether files in `folder` are replaced. Without it they are an error.
+    """
+    folder = folder.resolve()  # rename replaces no link
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.mkdir(parents=True)
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        if old:
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise ValueError(
+                f"another process wrote files to {folder} during the export. Name another --output."
+            ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,14 +1,16 @@
 """Check of an exported model: its log-probs and greedy answers against base and adapter.
 
-The folder is read back as transformers loads it. Each model makes plain forwards of the processor's
-own output, in fp32, one record after the other. Only one model is in memory at a time.
+The folder is read back as transformers loads it, and its weights are compared with a merge in
+memory. Each model makes plain forwards of the processor's own output, in fp32, one record after the
+other. One model in fp32 and the weights of one in its stored dtype are in memory at a time.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,30 +23,50 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from realign.data.errors import Malformed, RecordError, short_error
 from realign.data.records import Record, stream_pairs
-from realign.files import read_limited
 from realign.modeling.chat import ChatTemplate, TextInputs
 from realign.modeling.images import given
 from realign.modeling.loading import from_pretrained, load_processor
 from realign.modeling.merging import adapter_base, cast, merge, put_on
-from realign.modeling.model_files import find_file
 from realign.modeling.reference_logps import weights_digest
-from realign.training.export import MOST_CARD, stored_dtype
+from realign.training.export import read_card, stored_dtype
 
 _ANSWER_TOKENS = 16
 _NO_EFFECT = 1e-5
 """Largest difference per token, in nats, that counts as none. Measured with the digits: 0 for LoRA
 and DoRA without an update, 7e-4 after one step of training with a learning rate of 5e-5."""
+_WEIGHTS = 0.02
+"""Accepted error of a weight, as a share of the adapter's change of it. An adapter merged twice has
+1. Merging the digits in bf16 instead of fp32 gave 0.002."""
+_MERGE = 1e-6
+"""Accepted error of a merged weight beyond that, as a share of the weight. Merging in fp32 on
+another machine differs by the rounding of fp32, 1e-7."""
 _ROUNDING = 1e-3
 """Accepted mean difference per token, in nats, beyond the rounding of the stored dtype. Merging in
-fp32 gave at most 2e-5 in 40 kinds of adapters."""
+fp32 gave at most 2e-5 in 40 kinds of adapters. Errors in weights have their own bound."""
 _TIMES = 2
 """The written model may differ from the adapter by this multiple of its dtype's own rounding."""
 _SHARES = (0.5, 1.5)
 """Accepted shares of the adapter's change. A base has 0. An adapter merged twice has 2, or up to 4
 where the chosen tokens have probabilities near 1."""
 _DIGEST = re.compile(r"Digest of the base weights: `([0-9a-f]{32})`")
+_COMPUTED = re.compile(r"\| compute dtype \| (\w+) \|")
 _TRANSFORMERS = re.compile(r"\| transformers \| (\S+) \|")
 _QUANTIZED = "| base while training | quantized"
+
+
+class Worst(NamedTuple):
+    """The weight of a written model that differs most from the merge in memory.
+
+    Attributes:
+        name: its name.
+        error: norm of its difference beyond rounding, divided by that of the adapter's change.
+            Infinite if the adapter does not change it, or if it is missing.
+        wrong: whether the difference exceeds its bound.
+    """
+
+    name: str
+    error: float
+    wrong: bool
 
 
 class Scores(NamedTuple):
@@ -121,16 +143,23 @@ def check_export(model: str, folder: Path, records: Sequence[Record]) -> list[st
     if adapter_base(folder) is not None:
         raise ValueError(f"--check: {folder} is an adapter. Name the folder of a merged model.")
     cases = _cases(model, folder, records)
-    base, card, dtype = adapter_base(model), _card(model), stored_dtype(str(folder))
+    base, card, dtype = adapter_base(model), read_card(model), stored_dtype(str(folder))
     load = partial(from_pretrained, AutoModelForImageTextToText, dtype=torch.float32)
     vlm = load(base or model, adapter=model if base else None)
     lines, before = [_check_digest(vlm, model, card, adapter=base is not None)], None
+    worst = None
     if base is not None:
         before = _scores(vlm, cases)
+        plain = _compact(vlm, stored_dtype(base))
         adapted = put_on(vlm, model)
         exact = _scores(vlm, cases)
         lines.append(_check_effect(model, before, exact))
         vlm = merge(adapted)
+        changes = {name: _norm(w - plain.get(name, w)) for name, w in vlm.state_dict().items()}
+        del plain
+        worst = worst_weight(
+            vlm, from_pretrained(AutoModelForImageTextToText, folder, dtype=dtype), changes
+        )
     else:
         exact = _scores(vlm, cases)
     rounded = _scores(cast(cast(vlm, dtype), torch.float32), cases)
@@ -139,7 +168,8 @@ def check_export(model: str, folder: Path, records: Sequence[Record]) -> list[st
     del vlm
     gc.collect()
     vlm = load(folder)
-    lines.append(_check_written(model, folder, dtype, before, exact, rounded, _scores(vlm, cases)))
+    scores = (before, exact, rounded, _scores(vlm, cases))
+    lines.append(_check_written(model, folder, dtype, *scores, worst))
     if digest is not None and weights_digest(vlm) != digest:
         raise ValueError(
             f"{folder} has other weights than {model}, although {lines[-1]}. Export it again."
@@ -171,6 +201,7 @@ def _check_written(
     exact: Scores,
     rounded: Scores,
     written: Scores,
+    worst: Worst | None = None,
 ) -> str:
     """Check that the written model is the original one. Returns the measured differences.
 
@@ -182,6 +213,7 @@ def _check_written(
         exact: scores of the original.
         rounded: scores of the original, merged in memory and rounded to `dtype`.
         written: scores of the written model.
+        worst: the weight of the written model that differs most; None for a whole model.
     """
     name = str(dtype).removeprefix("torch.")
     gap, rounding = ((scores.logps - exact.logps).abs() for scores in (written, rounded))
@@ -191,17 +223,25 @@ def _check_written(
         f"{gap.max():.2g}; the bound on the average is {bound:.2g}, from rounding to {name}"
     )
     close, share = bool(gap.mean() <= bound), 1.0
+    wrong = worst is not None and worst.wrong
+    if worst is not None and worst.error < math.inf:
+        text += (
+            f". The largest error of a weight is {worst.error:.1%} of the adapter's change of it"
+        )
+        text += f" ({worst.name})" * wrong
+    elif worst is not None:
+        text += f". The weight {worst.name} is missing, or differs and is not the adapter's"
     if before is not None:
         share = _share(before, exact, written)
         text += f". It has {share:.0%} of the adapter's change"
-    if not close or not _SHARES[0] < share < _SHARES[1]:
+    if wrong or not close or not _SHARES[0] < share < _SHARES[1]:
         reason = "Export the model again."
         if before is not None:
             if abs(share) < 0.1:
                 reason = "The adapter is not in it. " + reason
-            elif _SHARES[1] < share:
-                reason = "The adapter may be merged twice. " + reason
-            if not _SHARES[0] < _share(before, exact, rounded) < _SHARES[1]:
+            elif wrong:
+                reason = "It may be merged twice, or another adapter was merged. " + reason
+            if not wrong and not _SHARES[0] < _share(before, exact, rounded) < _SHARES[1]:
                 reason = f"Rounding to {name} loses the adapter's change. Export with --dtype fp32."
         raise ValueError(f"{text}. {reason}")
     return f"{text}; {_different(exact, written)} of {len(written.answers)} greedy answers differ"
@@ -217,10 +257,46 @@ def _different(one: Scores, other: Scores) -> int:
     return sum(a != b for a, b in zip(one.answers, other.answers, strict=True))
 
 
-def _card(model: str) -> str:
-    """The text of a model's card, "" without one."""
-    file = find_file(model, "README.md")
-    return read_limited(file, MOST_CARD).decode(errors="replace") if file else ""
+@torch.no_grad()
+def worst_weight(
+    merged: PreTrainedModel, written: PreTrainedModel, changes: Mapping[str, float]
+) -> Worst:
+    """Compare the weights of a written model with those of the merge that it should hold.
+
+    A weight's error is its distance from the merge beyond that of the correctly rounded weight.
+    So a merge that rounds a few numbers near a tie to the other side has almost none.
+
+    Args:
+        merged: the merge in fp32.
+        written: the written model, in the dtype of its weights.
+        changes: name -> norm of the adapter's change of the weight. Others are equal to the base.
+    """
+    found, worst = written.state_dict(), Worst("", 0.0, False)
+    for name, right in merged.state_dict().items():
+        change, error, bound = changes[name], math.inf, 0.0
+        weight = found.pop(name, None)
+        if weight is not None and weight.shape == right.shape:
+            rounded = right.to(weight.dtype).to(right.dtype)
+            gap = (weight.to(right.dtype) - right).abs() - (rounded - right).abs()
+            error, bound = _norm(gap.clamp_(min=0)), _WEIGHTS * change
+            bound += _MERGE * _norm(right) * (change > 0)
+        share = error / change if change else math.inf if error else 0.0
+        if (error <= bound, -share) <= (not worst.wrong, -worst.error):
+            worst = Worst(name, share, not error <= bound)
+    return Worst(min(found), math.inf, True) if found else worst
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.float()))
+
+
+def _compact(vlm: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A copy of the weights, in `dtype` where this changes no number."""
+    copies = {}
+    for name, weight in vlm.state_dict().items():
+        small = weight.to(dtype) if weight.is_floating_point() else weight
+        copies[name] = (small if torch.equal(small.to(weight.dtype), weight) else weight).clone()
+    return copies
 
 
 def _check_digest(vlm: PreTrainedModel, model: str, card: str, *, adapter: bool) -> str:
@@ -256,13 +332,35 @@ def _check_digest(vlm: PreTrainedModel, model: str, card: str, *, adapter: bool)
             f"{version[1] if version else 'of an unknown version'}"
         )
     if not adapter:
-        return f"its weights differ from those of its base, by the digest {named[1]} in its card"
+        computed, stored = _COMPUTED.search(card), _stored(vlm)
+        if stored != torch.float32 and (stored, computed and computed[1]) != (
+            torch.bfloat16,
+            "bf16",
+        ):
+            return (
+                f"not checked: {about}, since its weights are rounded to "
+                f"{str(stored).removeprefix('torch.')}, and the digest in the card may be one of "
+                "weights that are not"
+            )
+        return (
+            f"at least one weight differs from the base's, by the digest {named[1]} in the card of "
+            f"{model}"
+        )
     raise ValueError(
         f"the adapter {model} was trained on another base: its card has the digest {named[1]}, and "
         f"{vlm.name_or_path} has {digests[0]} in bf16 and {digests[1]} in fp32. Set "
         "base_model_name_or_path in adapter_config.json to the base of training. A base that the "
         "adapter was merged into is another model."
     )
+
+
+def _stored(vlm: PreTrainedModel) -> torch.dtype:
+    """The dtype that holds all weights of an fp32 model: bf16, fp16 or fp32."""
+    weights = [w for w in vlm.state_dict().values() if w.is_floating_point()]
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
+            return dtype
+    return torch.float32
 
 
 def _cases(model: str, folder: Path, records: Sequence[Record]) -> list[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ _SHOWN = {
     "rewards/visual_margins": "mean margin of rewards, own image over retrieved",
 }
 _TAG = "preference-alignment"  # marks cards of this project
+_EVALUATION = re.compile(r"\n## Evaluation\n.*?(?=\n## |\Z)", re.DOTALL)
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -149,9 +151,13 @@ def without_adapter(card: str, commands: str) -> str | None:
     return f"{front}{commands}\n{data}{rest}"
 
 
-def with_evaluation(card: str, section: str) -> str:
-    """Add a section "Evaluation" to a card. A card by another trainer is returned unchanged."""
-    return card.replace("\n## Versions\n", f"\n## Evaluation\n\n{section}\n\n## Versions\n", 1)
+def with_evaluation(card: str, section: str) -> str | None:
+    """Add a section "Evaluation" to a card. It replaces earlier sections of that name.
+
+    Returns None for a card by another trainer.
+    """
+    front, versions, rest = _EVALUATION.sub("", card).partition("\n## Versions\n")
+    return f"{front}\n## Evaluation\n\n{section}\n{versions}{rest}" if versions else None
 
 
 def _version(package: str) -> str:

@@ -6,25 +6,36 @@ Authorization header only, and removed from messages of errors.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from realign.data.errors import shorten
 from realign.files import read_json
 
-_TOKEN = re.compile(r"\bhf_\w{8,}")
-_OF_MODEL = [
-    "*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.bpe",
-    "*.md",
-]  # fmt: skip
-_OF_RUN = ["checkpoint-*", "trainer_state.json", "run.json"]
+_TOKEN = re.compile(r"hf_\w{8,}|api_org_\w{8,}|(?<=://)[^/\s@]+(?=@)")
+"""Tokens, and the user and password of an address. They are removed from messages."""
+_LIKE_TOKEN = re.compile(r"hf_(oauth_)?[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}")
+"""Tokens have 34 letters and digits. Names of models, such as hf_llava_7b, have separators."""
+_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json",
+    "*.safetensors", "*.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "*.model", "*.tiktoken", "*.spm",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json", "chat_template.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt",
+)  # fmt: skip
+"""Files of a model in its folder. transformers, PEFT and readers of the page know these names."""
 _LOG_IN = "Run `hf auth login`, or set HF_TOKEN to a token with the right to write."
 
 
@@ -43,6 +54,22 @@ class Target:
     api: HfApi = field(repr=False)
 
 
+@contextmanager
+def _scrubbed() -> Iterator[None]:
+    """A context whose ValueErrors are raised without tokens."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(_without_token(str(error))) from None
+
+
+def _without_token(text: str) -> str:
+    if token := get_token():
+        text = text.replace(token, "***")
+    return _TOKEN.sub("***", text)
+
+
+@_scrubbed()
 def prepare(repo: str, *, private: bool) -> Target:
     """Check name, token and the right to write, before any work. Nothing is created.
 
@@ -51,9 +78,15 @@ def prepare(repo: str, *, private: bool) -> Target:
         private: whether to create a private repository.
 
     Raises:
-        ValueError: for an invalid name, a missing or invalid token, no right to write, or a public
-            repository with `private`.
+        ValueError: for an invalid name, a name with a token, a missing or invalid token, no right
+            to write, or a public repository with `private`.
     """
+    token = get_token()
+    if _LIKE_TOKEN.search(repo) or "@" in repo or (token is not None and token in repo):
+        raise ValueError(
+            "--push: the name of the repository holds a token or a password, so it is not sent. "
+            f"Give OWNER/NAME. {_LOG_IN}"
+        )
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -61,16 +94,16 @@ def prepare(repo: str, *, private: bool) -> Target:
     owner, slash, _ = repo.partition("/")
     if not slash:
         raise ValueError(f"--push: {repo!r} names no owner. Give OWNER/NAME.")
-    if (token := get_token()) is None:
+    if token is None:
         raise ValueError(f"--push: there is no token for the Hub. {_LOG_IN}")
     target = Target(repo, private, HfApi(token=token))
-    with _errors(target, f"{repo} cannot be written"):
+    with _errors(f"{repo} cannot be written"):
         account = target.api.whoami()
     owners = [account.get("name"), *(org.get("name") for org in account.get("orgs") or ())]
     role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
         raise ValueError(f"--push: the token of {owners[0]} can only read. {_LOG_IN}")
-    with _errors(target, f"{repo} cannot be written"):
+    with _errors(f"{repo} cannot be written"):
         try:
             found = target.api.model_info(repo)
         except RepositoryNotFoundError:
@@ -90,6 +123,7 @@ def prepare(repo: str, *, private: bool) -> Target:
     return target
 
 
+@_scrubbed()
 def check_folder(folder: Path) -> None:
     """Check that others can load a folder from the Hub.
 
@@ -114,12 +148,13 @@ def check_folder(folder: Path) -> None:
         )
 
 
+@_scrubbed()
 def upload(target: Target, folder: Path) -> str:
     """Create the repository if it does not exist, and upload the files of a model.
 
     Args:
         target: the result of `prepare`.
-        folder: folder of the model. Files of other kinds and checkpoints are left out.
+        folder: folder of the model. Files whose names are not those of a model are left out.
 
     Returns:
         A line with the address of the repository, and the files that were left out.
@@ -127,25 +162,32 @@ def upload(target: Target, folder: Path) -> str:
     Raises:
         ValueError: when the Hub refuses. The message does not contain the token.
     """
-    with _errors(target, f"{folder} is complete, and its upload to {target.repo} failed"):
+    files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+    kept = [name for name in files if _is_of_model(name)]
+    with _errors(f"{folder} is complete, and its upload to {target.repo} failed"):
         # None keeps the default of an organization, which may be private.
         url = target.api.create_repo(target.repo, private=target.private or None, exist_ok=True)
         target.api.upload_folder(
             repo_id=target.repo,
             folder_path=folder,
             commit_message="Upload a model and its card",
-            allow_patterns=_OF_MODEL,
-            ignore_patterns=_OF_RUN,
+            allow_patterns=[glob.escape(name) for name in kept],
         )
-    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    kept = filter_repo_objects(files, allow_patterns=_OF_MODEL, ignore_patterns=_OF_RUN)
-    left_out = sorted(files.difference(kept))
-    text = f"uploaded {folder} to {url}"
-    return text + f"; left out {', '.join(left_out)}" * bool(left_out)
+    left_out = ", ".join(name for name in files if name not in kept)
+    return f"uploaded {folder} to {url}" + f"; left out {left_out}" * bool(left_out)
+
+
+def _is_of_model(name: str) -> bool:
+    """Whether a file, by its path in the folder, has a name in `_FILES`."""
+    path = PurePosixPath(name)
+    return any(
+        len(path.parts) == len(PurePosixPath(known).parts) and fnmatchcase(name, known)
+        for known in _FILES
+    )
 
 
 @contextmanager
-def _errors(target: Target, what: str) -> Iterator[None]:
+def _errors(what: str) -> Iterator[None]:
     """A context in which errors of the Hub are one line without the token.
 
     Raises:
@@ -155,8 +197,7 @@ def _errors(target: Target, what: str) -> Iterator[None]:
         yield
     except Exception as error:  # of huggingface_hub, its HTTP client, or the disk
         status = getattr(getattr(error, "response", None), "status_code", None)
-        text = str(error).replace(str(target.api.token), "***")
         advice = _LOG_IN if status in (401, 403) else "Check the connection, and push again."
-        text = shorten(_TOKEN.sub("***", f"{type(error).__name__}: {text}"))
+        text = shorten(_without_token(f"{type(error).__name__}: {error}"))
         # Tracebacks of the cause would contain the request's headers.
         raise ValueError(f"--push: {what} ({text}). {advice}") from None

@@ -5,7 +5,9 @@ They follow the documentation of vLLM, SGLang and llama.cpp, which were not run 
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 from peft import LoraConfig, PeftType
@@ -59,7 +61,12 @@ llama-mtmd-cli -m model-q4.gguf --mmproj mmproj.gguf --image photo.jpg -p "What 
 _FOUR_BITS = """from transformers import BitsAndBytesConfig
 
 four_bits = BitsAndBytesConfig(load_in_4bit=True)
-MODEL = AutoModelForImageTextToText.from_pretrained("LOADED", quantization_config=four_bits)"""
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", quantization_config=four_bits)"""
+_FOUR_BITS_ADAPTER = """from transformers import BitsAndBytesConfig
+
+four_bits = BitsAndBytesConfig(load_in_4bit=True)
+base = AutoModelForImageTextToText.from_pretrained("BASE", quantization_config=four_bits)
+model = PeftModel.from_pretrained(base, "ADAPTER")"""
 
 
 def commands(
@@ -74,9 +81,9 @@ def commands(
         model_type: transformers' type of the model.
         place: shown folder of an adapter, which may be below THIS_FOLDER.
     """
-    load, shell, notes = _LOAD, [_SERVE], []
+    load, four_bits, shell, notes = _LOAD, _FOUR_BITS, [_SERVE], []
     if adapter:
-        load, shell = _LOAD_ADAPTER, [_MERGE, _SERVE]
+        load, four_bits, shell = _LOAD_ADAPTER, _FOUR_BITS_ADAPTER, [_MERGE, _SERVE]
         rank, obstacles = _lora(folder)
         if model_type not in _VLLM_LORA:
             obstacles.append(f"models of type {model_type} are not in its list for LoRA")
@@ -89,23 +96,29 @@ def commands(
     else:
         notes.append(f"Models of type {model_type} are not listed by llama.cpp's conversion.")
     tested = "the first Python code" + " and `realign.export`" * adapter
-    parts = (
-        f"```python\n{load}\n```",
-        f"## Serving and conversion\n\nTests of Re-Align run {tested}. The other commands were not "
-        "run here.",
-        "```console\n" + "\n".join(shell) + "\n```",
-        *notes,
-        f"In 4 bits, with bitsandbytes:\n\n```python\n{_FOUR_BITS}\n```",
-    )
     names = {
         "WHOLE": "merged" if adapter else "THIS_FOLDER",
         "ADAPTER": place,
         "BASE": shown_name(base),
     }
-    names |= {"MODEL": "base" if adapter else "model"}
-    names |= {"LOADED": names["BASE"] if adapter else "THIS_FOLDER"}
-    pattern = re.compile(rf"\b({'|'.join(names)})\b")
-    return pattern.sub(lambda found: names[found[1]], "\n\n".join(parts))
+    pattern = "|".join(names)
+
+    def python(code: str) -> str:
+        code = re.sub(rf'"({pattern})"', lambda found: json.dumps(names[found[1]]), code)
+        return f"```python\n{code}\n```"
+
+    lines = re.sub(
+        rf"\b({pattern})\b", lambda found: shlex.quote(names[found[1]]), "\n".join(shell)
+    )
+    parts = (
+        python(load),
+        f"## Serving and conversion\n\nTests of Re-Align run {tested}. The other commands were not "
+        "run here.",
+        f"```console\n{lines}\n```",
+        *notes,
+        f"In 4 bits, with bitsandbytes:\n\n{python(four_bits)}",
+    )
+    return "\n\n".join(parts)
 
 
 def _lora(folder: Path) -> tuple[int, list[str]]:

@@ -1,6 +1,7 @@
 """`python -m realign.export`: the merged folder against the adapter under PEFT, and its card."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from realign.config import parse
 from realign.digits import ASSETS
 from realign.modeling.loading import load_model, load_processor
 from realign.train import train
+from realign.training import export as training_export
+from realign.training.export import export_whole
 
 RATES = {"hallucination_rate": {"value": 0.113, "low": 0.106, "high": 0.12}}
 
@@ -136,6 +139,76 @@ def test_the_adapter_of_another_trainer_loses_its_card(adapter, tmp_path, capsys
     again = ["--output", str(tmp_path / "again"), "--metrics", str(tmp_path / "metrics.json")]
     assert export.main([*words[:2], *again]) == 1
     assert "has no model card of this project" in capsys.readouterr().err
+
+
+def test_a_missing_card_is_reported(adapter, tmp_path, capsys):
+    export_to = ["--output", str(tmp_path / "plain")]
+    assert export.main(["--model", str(ASSETS), *export_to]) == 0
+    line = f"{tmp_path / 'plain'} has no model card: {ASSETS} has none\n"
+    assert line in capsys.readouterr().out
+    foreign = shutil.copytree(adapter, tmp_path / "foreign")
+    (foreign / "README.md").write_text("---\nlibrary_name: peft\n---\n# Mine\n")
+    assert export.main(["--model", str(foreign), "--output", str(tmp_path / "merged")]) == 0
+    assert "is by another trainer and describes an adapter\n" in capsys.readouterr().out
+    assert export.main(["--model", str(adapter), "--output", str(tmp_path / "own")]) == 0
+    assert "no model card" not in capsys.readouterr().out
+
+
+def test_the_card_is_kept_from_windows_and_from_the_hub(adapter, tmp_path, monkeypatch):
+    def card_of(model, name):
+        export_whole(model, tmp_path / name)
+        return (tmp_path / name / "README.md").read_text()
+
+    expected = card_of(str(adapter), "plain")
+    assert "library_name: transformers" in expected and "PeftModel" not in expected
+    windows = shutil.copytree(adapter, tmp_path / "windows")
+    text = (adapter / "README.md").read_bytes()
+    (windows / "README.md").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    assert card_of(str(windows), "converted") == expected
+    cached = {("team/windows", "README.md"): str(windows / "README.md")}
+    monkeypatch.setattr(training_export, "find_file", lambda *asked: cached[asked])
+    assert training_export.read_card("team/windows").encode() == text
+
+
+def test_metrics_replace_the_earlier_ones(adapter, tmp_path):
+    model, file = str(adapter), tmp_path / "metrics.json"
+    for name, value in (("first", 0.5), ("second", 0.25), ("third", 0.25)):
+        file.write_text(json.dumps({"rate": {"value": value, "low": 0, "high": 1}}))
+        to = ["--output", str(tmp_path / name), "--metrics", str(file)]
+        assert export.main(["--model", model, *to]) == 0
+        model = str(tmp_path / name)
+    card = (tmp_path / "third" / "README.md").read_text()
+    assert card.count("## Evaluation") == 1 and "| rate | 25.0 %" in card and "50.0 %" not in card
+    assert card == (tmp_path / "second" / "README.md").read_text()
+    first = (tmp_path / "first" / "README.md").read_text()
+    assert card == first.replace("50.0 %", "25.0 %")
+
+
+def test_an_export_removes_no_folder_but_its_own(tmp_path, monkeypatch):
+    mine = tmp_path / ".merged.partial"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("mine")
+    export_whole(str(ASSETS), tmp_path / "merged")
+    assert (mine / "thesis.tex").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".merged.partial", "merged"]
+    target = tmp_path / "raced"
+
+    def load(model):
+        """Another export of the same name ends during this one."""
+        monkeypatch.undo()
+        export_whole(model, target)
+        (target / "first").touch()
+        return load_model(model)
+
+    monkeypatch.setattr(training_export, "load_model", load)
+    with pytest.raises(ValueError, match="another process wrote files to"):
+        export_whole(str(ASSETS), target)
+    assert (target / "first").exists() and (target / "model.safetensors").exists()
+    assert not list(tmp_path.glob(".raced*"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    export_whole(str(ASSETS), tmp_path / "link")
+    assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
 def test_invalid_exports_are_reported_and_write_nothing(adapter, tmp_path, capsys):

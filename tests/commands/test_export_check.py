@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from adapter_kinds import load_base, save_base, save_trained
 from family_cases import made
 from peft import PeftModel
@@ -17,9 +18,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from realign import export
 from realign.data.records import read_pairs, write_pairs
 from realign.digits import ASSETS
-from realign.modeling.loading import DTYPES
+from realign.modeling.loading import DTYPES, load_model
+from realign.modeling.merging import cast
+from realign.modeling.reference_logps import weights_digest
 from realign.training.export import export_whole
-from realign.training.export_check import Scores, _check_written, check_export
+from realign.training.export_check import Scores, _check_written, check_export, worst_weight
 
 FEW = ("--check-records", "3")
 
@@ -175,17 +178,60 @@ def test_an_adapter_that_was_merged_twice_fails(adapter, merged, tmp_path, dtype
     assert code == 1 and "the bound on the average" in text
 
 
-def test_a_weak_adapter_that_was_merged_twice_is_named_so(other, tmp_path, check):
-    """Its differences are below the bound, so only the share of the change shows the fault."""
-    weak = scaled(other["adapter"], tmp_path / "weak", 0.5)
+@pytest.mark.parametrize("factor", [0.5, 0.3])
+def test_a_weak_adapter_that_was_merged_twice_is_named_so(other, tmp_path, factor, check):
+    """Its differences of log-probs are below the bound, so only the weights show the fault."""
+    weak = scaled(other["adapter"], tmp_path / "weak", factor)
     folder = export_whole(str(weak), tmp_path / "merged", dtype=torch.float32)
-    assert check(weak, folder)[0] == 0
+    code, text = check(weak, folder)
+    assert code == 0 and "largest error of a weight is 0.0% of" in text
     once = AutoModelForImageTextToText.from_pretrained(folder)
     PeftModel.from_pretrained(once, weak).merge_and_unload().save_pretrained(folder)
     code, text = check(weak, folder)
-    assert code == 1 and "of the adapter's change. The adapter may be merged twice" in text
-    # Twice the change, or four times for tokens whose probability is near 1.
-    assert 150 < int(re.search(r"has (\d+)% of", text)[1]) < 450
+    assert code == 1 and "of the adapter's change. It may be merged twice, or another" in text
+    # Once more the change. W + 2 BA differs from W + BA by BA.
+    assert "The largest error of a weight is 100.0% of the adapter's change of it (model." in text
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [0.6, 1, 1.4])
+def test_another_weak_adapter_fails(other, tmp_path, factor, dtype, check):
+    weak = scaled(other["adapter"], tmp_path / "weak", 1)
+    second = scaled(weak, tmp_path / "second", factor)
+    rewritten(second, lambda name, w: w.flip(0) if "lora_B" in name else w)
+    folder = export_whole(str(second), tmp_path / "merged", dtype=DTYPES[dtype])
+    code, text = check(weak, folder)
+    error = re.search(
+        r"error of a weight is (\d+)\.\d% of the adapter's change of it \(model", text
+    )
+    assert code == 1 and int(error[1]) > 30, text
+
+
+def test_a_weight_outside_of_the_adapter_is_the_base_s(adapter, merged, tmp_path, check):
+    """One number of one weight differs by one unit in its last place."""
+    folder, name = shutil.copytree(merged["bf16"], tmp_path / "one"), "embed_tokens"
+
+    def change(n, w):
+        if name in n:
+            w.view(torch.int16)[3, 3] += 1
+        return w
+
+    rewritten(folder, change, "model.safetensors")
+    code, text = check(adapter, folder)
+    assert code == 1 and f"{name}.weight is missing, or differs and is not the adapter's" in text
+
+
+def test_errors_of_weights_leave_out_rounding():
+    """Planted: a merge of 1 + 0.003 in bf16, where neighbours of 1 are 1 - 2^-8 and 1 + 2^-7."""
+    models = [torch.nn.Linear(2, 1, bias=False) for _ in range(2)]
+    models[0].weight.data = torch.tensor([[1.003, 1.0]])
+    for values, error in (((1, 1), 0), ((1 + 2**-7, 1), 2**-7 - 2 * 0.003), ((1, 2), 1)):
+        models[1].weight.data = torch.tensor([values], dtype=torch.bfloat16)
+        worst = worst_weight(*models, {"weight": 0.003})
+        assert worst.error == pytest.approx(error / 0.003, rel=1e-3, abs=1e-9)
+        assert worst.wrong == (error > 0)
+    models[1].weight.data = torch.full((1, 2), torch.nan)
+    assert worst_weight(*models, {"weight": 0.003}).wrong
 
 
 def test_a_change_that_rounding_loses_fails():
@@ -238,7 +284,7 @@ def test_a_whole_model_differs_from_its_base(pairs_file, tmp_path, check):
     run(pairs_file, tmp_path / "full", "--tune", "full", steps=2)
     trained = tmp_path / "full" / "model"
     code, text = check(trained, tmp_path / "copy", "--dtype", "fp32")
-    assert code == 0 and "its weights differ from those of its base, by the digest" in text
+    assert code == 0 and "at least one weight differs from the base's, by the digest" in text
     base = shutil.copytree(ASSETS, tmp_path / "base")
     code, text = check(base, tmp_path / "other")
     assert code == 0 and "not checked: whether training changed it" in text
@@ -247,6 +293,26 @@ def test_a_whole_model_differs_from_its_base(pairs_file, tmp_path, check):
     assert code == 1 and "has the weights of its base, by the digest" in text
     code, text = check(trained, base)
     assert code == 1 and f"{base} has other weights than {trained}, although" in text
+
+
+@pytest.mark.parametrize(
+    ("computed", "message"),
+    [("fp32", "not checked: whether training changed it, since its weights are rounded to bfloat1"),
+     ("bf16", "has the weights of its base, by the digest")],
+)  # fmt: skip
+def test_a_rounded_base_is_not_called_trained(tmp_path, computed, message, check):
+    """The base has weights in fp32 and the exported one in bf16, without training."""
+    base = load_model(ASSETS)
+    for weight in base.parameters():
+        weight.data *= 1.001
+    digest = weights_digest(base, DTYPES[computed])
+    model = shutil.copytree(ASSETS, tmp_path / "model")
+    cast(base, torch.bfloat16).save_pretrained(model)
+    (model / "README.md").write_text(
+        f"Digest of the base weights: `{digest}`.\n| compute dtype | {computed} |\n"
+        f"| transformers | {transformers.__version__} |\n"
+    )
+    assert message in check(model, tmp_path / "copy")[1]
 
 
 # Other kinds and families: no fault passes, and no right export fails
@@ -303,7 +369,10 @@ def test_unusable_inputs_are_reported_before_the_merge(
     assert "it must be at least 1" in refused(*new, "--check", pairs_file, "--check-records", 0)
     for flag, value in (("--image-folder", tmp_path), ("--check-records", 3)):
         assert f"{flag} would have no effect without --check" in refused(*new, flag, value)
-    here = ("--output", adapter, "--check", pairs_file)
+    for same in (adapter, adapter / ".." / adapter.name):
+        assert "would be compared with itself" in refused("--output", same, "--check", pairs_file)
+    shutil.copytree(adapter, tmp_path / "copy")
+    here = ("--output", tmp_path / "copy", "--check", pairs_file)
     assert "is an adapter. Name the folder of a merged model" in refused(*here)
 
 

@@ -171,6 +171,15 @@ def test_a_merged_adapter_is_uploaded(hub, other, tmp_path):
     assert not [n for n, data in hub.uploaded.items() if str(ASSETS).encode() in data]
 
 
+def test_a_link_in_a_checked_folder_is_not_uploaded(hub, other, pairs_file, tmp_path, capsys):
+    merged = shutil.copytree(ASSETS, tmp_path / "merged")
+    (merged / "LICENSE").symlink_to("/etc/hostname")
+    words = ["--model", str(other["adapter"]), "--output", str(merged)]
+    assert export.main([*words, "--check", str(pairs_file), "--push", "me/aligned"]) == 1
+    assert "LICENSE is a link to a file elsewhere" in capsys.readouterr().err
+    assert not hub.uploaded
+
+
 def test_an_adapter_is_uploaded_if_its_base_is_on_the_hub(hub, other, tmp_path, capsys):
     folder = shutil.copytree(other["adapter"], tmp_path / "adapter")
     words = ["--model", str(folder), "--push", "me/adapter"]
@@ -190,6 +199,49 @@ def test_a_link_out_of_the_folder_is_not_uploaded(hub, model, tmp_path, capsys):
     assert export.main(["--model", str(model), "--push", "me/aligned"]) == 1
     assert "merges.txt is a link to a file elsewhere" in capsys.readouterr().err
     assert not hub.uploaded
+
+
+def test_only_files_of_a_model_are_uploaded_and_the_others_named(hub, model, capsys):
+    """A file with settings, paths or credentials has any name."""
+    known = {f.name for f in model.iterdir() if f.is_file()} - {"training_args.bin"}
+    others = ("vlmevalkit.json", "credentials.json", "reference.json", "notes.txt", "my.md",
+              "sub/run.json", "sub/config.json", "checkpoint-1/config.json", "[a]config.json",
+              ".env", "config.json.bak")  # fmt: skip
+    more = ("merges.txt", "vocab.json", "LICENSE", "README.md", "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json", "additional_chat_templates/tool.jinja")  # fmt: skip
+    for name in (*others, *more):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("{}")
+    assert export.main(["--model", str(model), "--push", "me/aligned"]) == 0
+    assert hub.uploaded.keys() == known | {*more}
+    left_out = capsys.readouterr().out.rpartition("; left out ")[2].strip().split(", ")
+    assert left_out == sorted({*others, "training_args.bin", "checkpoint-1/model.safetensors"})
+
+
+@pytest.mark.parametrize("with_token", [True, False])
+@pytest.mark.parametrize(
+    "repo",
+    [TOKEN, f"me/{TOKEN}", f"{TOKEN}/a", f"me/{TOKEN}/b", f"me/{TOKEN} x",
+     f"https://me:{TOKEN}@huggingface.co/me/a", "https://me:secret-hf-1@huggingface.co/me/a",
+     f"https://huggingface.co/me/a?token={TOKEN}", "hf_" + "Z" * 34],
+)  # fmt: skip
+def test_a_token_in_place_of_a_name_is_not_printed(
+    hub, model, repo, with_token, monkeypatch, capsys
+):
+    if not with_token:
+        monkeypatch.delenv("HF_TOKEN")
+    assert export.main(["--model", str(model), "--push", repo]) == 1
+    out, err = capsys.readouterr()
+    assert "holds a token or a password, so it is not sent. Give OWNER/NAME" in err
+    assert not any(secret in out + err for secret in (TOKEN, "secret-hf-1", "Z" * 34))
+    assert not hub.calls
+
+
+def test_the_token_itself_is_no_name(hub, model, monkeypatch, capsys):
+    """A token of another form, such as one of a private Hub."""
+    monkeypatch.setenv("HF_TOKEN", "private-1")
+    assert export.main(["--model", str(model), "--push", "me/private-1"]) == 1
+    assert "private-1" not in "".join(capsys.readouterr()) and not hub.calls
 
 
 READ = ACCOUNT | {"auth": {"accessToken": {"role": "read"}}}

@@ -1,6 +1,9 @@
 """Commands of a model card, by the kind of the adapter and the type of the model."""
 
+import ast
 import json
+import re
+import shlex
 
 import pytest
 import torch
@@ -97,3 +100,46 @@ def test_types_without_support_are_not_listed(adapter, tmp_path):
 
 def test_a_card_before_its_adapter_names_the_reason(tmp_path):
     assert "this card was written before the adapter" in of(tmp_path)
+
+
+def code_of(text, language):
+    return re.findall(rf"```{language}\n(.*?)\n```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["my base", "a;rm -rf ~", "it's", 'a "x"', "$(id)", "a\\nb"])
+def test_names_are_quoted_in_commands(adapter, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    text = of(adapter, base=folder, place=f"THIS_FOLDER/{name}")
+    words = [shlex.split(line, comments=True) for line in code_of(text, "console")[0].splitlines()]
+    served = next(line for line in words if line[:2] == ["vllm", "serve"])
+    assert served[2] == name and served[-1] == f"aligned=THIS_FOLDER/{name}"
+    merge = next(line for line in words if "realign.export" in line)
+    assert merge[merge.index("--model") + 1] == f"THIS_FOLDER/{name}"
+    for code in code_of(text, "python"):
+        strings = [
+            node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)
+        ]
+        assert name in strings and f"THIS_FOLDER/{name}" in strings
+
+
+def test_the_code_for_4_bits_loads_the_adapter(adapter, tmp_path):
+    """Run with stand-ins, which record their arguments."""
+    calls = []
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(*given, **options):
+            calls.append((given, options.keys()))
+            return "model"
+
+    scope = {"AutoModelForImageTextToText": Auto, "PeftModel": Auto}
+    code = code_of(of(adapter), "python")[1].replace("True", "False")
+    exec(code, scope)
+    assert calls == [
+        (("org/base",), {"quantization_config"}), (("model", "THIS_FOLDER"), set())
+    ]  # fmt: skip
+    calls.clear()
+    whole = commands(tmp_path, adapter=False, base="", model_type="llava")
+    exec(code_of(whole, "python")[1].replace("True", "False"), scope)
+    assert calls == [(("THIS_FOLDER",), {"quantization_config"})]
