@@ -462,7 +462,13 @@ def test_empty_cells_are_no_options(tmp_path):
 
 
 def test_rows_without_an_image_are_named(tmp_path):
-    row = {"index": 1, "question": "?", "A": "x", "answer": "A", "picture": {"bytes": _png(1)}}
+    row = {
+        "index": 1,
+        "question": "?",
+        "A": "x",
+        "answer": "A",
+        "decoded_image": {"bytes": _png(1)},
+    }
     for name, more in (("mmstar", {}), ("realworldqa", {}), ("vizwiz", {"answers": ["a", "b"]})):
         file = _parquet(tmp_path / f"{name}.parquet", [row | more])
         with pytest.raises(ValueError, match="has no image. Name the column of the images `image`"):
