@@ -133,7 +133,8 @@ def read_card(model: str) -> str:
         OSError: for a card that cannot be read.
         ValueError: for a card that is too large.
     """
-    if (file := find_file(model, "README.md")) is None:
+    file = find_file(model, "README.md")
+    if file is None or not Path(file).exists():  # a link may lead nowhere
         return ""
     # Some editors write a byte order mark and line ends of Windows.
     text = read_limited(file, _MOST_CARD).decode("utf-8-sig", errors="replace")

@@ -113,7 +113,7 @@ def test_answers_of_other_sizes_are_not_mixed(qwen, tmp_path):
     images.mkdir()
     known = {"model": str(qwen), "max_tokens": 4}
     output = tmp_path / "answers.jsonl"
-    asked = prepare(questions, images, output, **known, pixels=LIMITS).asked
+    asked = prepare(questions, images, output, **known, settings=LIMITS).asked
     assert asked.items() >= LIMITS.items()
     output.write_text(json.dumps({"asked": asked}) + "\n")
     with pytest.raises(ValueError, match="for a different min_pixels, max_pixels"):
