@@ -185,10 +185,11 @@ def _is_in(line: Line, group: str) -> bool:
 
 
 def _figures(lines: Sequence[Line], name: str, rule: str) -> dict[str, Any]:
-    scores = units(lines, BENCHMARKS[name]).scores[rule]
+    benchmark = replace(BENCHMARKS[name], rules={rule: BENCHMARKS[name].rules[rule]})
+    scores = units(lines, benchmark).scores[rule]
     figures: dict[str, Any] = {"questions": len(scores), "accuracy": float(scores.mean())}
     if name == "mmvp":
-        pairs = replace(BENCHMARKS[name], unit=_pair)
+        pairs = replace(benchmark, unit=_pair)
         figures["both of a pair"] = float(units(lines, pairs).scores[rule].mean())
     if name == "pope":
         answers, labels = ([line[key] for line in lines] for key in ("answer", "label"))
@@ -196,9 +197,7 @@ def _figures(lines: Sequence[Line], name: str, rule: str) -> dict[str, Any]:
         figures |= {"F1": found.f1, "precision": found.precision, "recall": found.recall}
         figures |= {"yes": found.yes_rate, "neither": found.unread}
     if name == "hallusionbench":
-        found = hallusionbench.score(
-            [BENCHMARKS[name].rules[rule](line) > 0 for line in lines], lines
-        )
+        found = hallusionbench.score([benchmark.rules[rule](line) > 0 for line in lines], lines)
         figures = {key.replace("_", " "): value for key, value in asdict(found).items()}
         figures["all questions"] = figures.pop("question")
     if name == "amber-discriminative":

@@ -15,7 +15,9 @@ TAGS = ["html", "head", "meta", "title", "style", "body", "header", "div", "h1",
 TAGS += ["select", "main", "details", "summary", "pre", "nav", "kbd", "noscript", "script"]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no chromium or google-chrome; install one"
+)
 
 
 class Gallery(HTMLParser):
