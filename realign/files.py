@@ -13,7 +13,7 @@ import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -142,6 +142,36 @@ def check_folder(flag: str, path: str | Path) -> None:
     if kind is not None and not stat.S_ISDIR(kind):
         raise ValueError(f"{flag} {path} is a file. Name the folder to write.")
     _create_in(path, flag, path)
+
+
+def check_overwritten(
+    flag: str, path: str | Path, inputs: Iterable[Path], suffixes: Collection[str]
+) -> None:
+    """Check that an output replaces no input, and no other file in the folder of an input.
+
+    Args:
+        flag: the flag that names the output, for the message.
+        path: the output.
+        inputs: files and folders that are read.
+        suffixes: suffixes of earlier outputs in those folders, which may be replaced.
+
+    Raises:
+        ValueError: for an output that would replace such a file.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    own = path.suffix.lower() in suffixes
+    for one in filter(Path.exists, inputs):
+        folder = one if one.is_dir() else one.parent
+        # A link may have another name than the input.
+        files = [file for file in folder.iterdir() if file.suffix.lower() not in suffixes]
+        same = any(path.samefile(file) for file in (one, *files) if file.exists())
+        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+        if same or (inside and not own):
+            raise ValueError(
+                f"{flag} {path} is an input, or is in the folder of one. Name another file."
+            )
 
 
 def _kind(flag: str, path: Path) -> int | None:

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from realign.evaluate import tables
 from realign.evaluate.benchmarks import BENCHMARKS, Answered, read_answered, units
 from realign.evaluate.paired import Comparison, compare_all, holm
 from realign.evaluate.plots import PLOTS, Row, forest
-from realign.files import check_file, write_whole
+from realign.files import check_file, check_overwritten, write_whole
 
 FORMATS = {"text": (".txt", ""), "markdown": (".md",), "latex": (".tex",)}
 """Format of the table -> suffixes of its files."""
@@ -129,36 +129,6 @@ def _check_outputs(args: argparse.Namespace) -> str:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib. Install it: pip install 'realign[demo]'.")
     return kind or "text"
-
-
-def check_overwritten(
-    flag: str, path: str | Path, models: Sequence[Path], suffixes: Collection[str]
-) -> None:
-    """Check that an output overwrites no file of answers, and no other file of the inputs' folders.
-
-    Args:
-        flag: the flag that names the output, for the message.
-        path: the output.
-        models: answers files, folders of runs, or other folders that are read.
-        suffixes: suffixes of earlier outputs, which may be replaced.
-
-    Raises:
-        ValueError: for an output that would overwrite such a file.
-    """
-    path = Path(path)
-    if not path.exists():
-        return
-    own = path.suffix.lower() in suffixes
-    for model in filter(Path.exists, models):
-        folder = model if model.is_dir() else model.parent
-        # A link may have another name than the answers.
-        answers = [file for file in (model, *folder.glob("*.json*")) if file.exists()]
-        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-        if any(path.samefile(file) for file in answers) or (inside and not own):
-            raise ValueError(
-                f"{flag} {path} is a file of answers, or is in a folder of the inputs. Name "
-                "another file."
-            )
 
 
 def _same(first: str | Path, second: str | Path) -> bool:

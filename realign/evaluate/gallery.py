@@ -17,8 +17,8 @@ from typing import Any
 from realign.data.errors import shorten
 from realign.data.images import DataFolder, StoredImage
 from realign.evaluate.benchmarks import BENCHMARKS, Answered, Line, units
-from realign.evaluate.compare import check_overwritten, match, read_models
-from realign.files import check_file
+from realign.evaluate.compare import match, read_models
+from realign.files import check_file, check_overwritten
 from realign.pairs.page import (
     Album,
     Answer,

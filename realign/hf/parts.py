@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, TrainingArguments
 
 from realign.data import sources
@@ -69,6 +70,17 @@ def give_projector_a_rate(optimizer: torch.optim.Optimizer, module: Module, rate
         if own:
             group["params"] = [p for p in group["params"] if p not in apart]
             optimizer.add_param_group(group | {"params": own, "lr": rate})
+
+
+def undo_preparation(accelerator: Accelerator, model: Module) -> None:
+    """Undo the preparation of a model by an evaluation before the training.
+
+    accelerate prepares no model twice. So it would train this one without DDP, and each rank would
+    train a model of its own.
+    """
+    if getattr(model, "_is_accelerate_prepared", False):
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        del model._is_accelerate_prepared
 
 
 def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -159,7 +159,7 @@ class RDPOTrainer(Trainer):
         self._best_step: int | None = None  # of the weights, after they were those of the best
 
         # In fp64. For steps since the last log: number of examples and sums, (1, 1 + metrics). For
-        # an evaluation: index and metrics of each example of a batch, (B, 1 + metrics).
+        # an evaluation: index, loss and metrics of each example of a batch, (B, 2 + metrics).
         self._sums: torch.Tensor | None = None
         self._eval_rows: list[torch.Tensor] | None = None
         super().__init__(
@@ -212,6 +212,8 @@ class RDPOTrainer(Trainer):
         """As `Trainer.train`, after missing reference log-probs are computed."""
         self._fill_references()
         self._best_step = None
+        if self.accelerator.use_distributed and not self.is_fsdp_enabled:
+            parts.undo_preparation(self.accelerator, self.model)
         with self._building():
             return super().train(*args, **kwargs)
 
@@ -219,12 +221,18 @@ class RDPOTrainer(Trainer):
         """As `Trainer.evaluate`: loss, rewards, accuracies and margins under `eval_`.
 
         Raises:
-            ValueError: for data other than the trainer's own `eval_dataset` or one of its sets.
+            ValueError: for data other than the trainer's own `eval_dataset` or one of its sets, and
+                with FSDP2 before `train`.
         """
         if not isinstance(eval_dataset, str | range | None):
             raise ValueError(
                 "evaluation records must be passed to the trainer (eval_dataset=, or a dict of "
                 "several sets), since their references are computed before the first step."
+            )
+        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+            raise ValueError(
+                "evaluate() before train() is not supported with FSDP2, since accelerate shards a "
+                "model together with its optimizer. Set eval_on_start=True in RDPOConfig."
             )
         self._fill_references()
         with self._building():
@@ -362,7 +370,8 @@ class RDPOTrainer(Trainer):
         self._names = list(values)
         indices = inputs["indices"].to(output.logps.device).double()
         if self._eval_rows is not None:
-            self._eval_rows.append(torch.stack([indices, *values.values()], dim=1))
+            losses = metrics.example_losses(output, self.objective)
+            self._eval_rows.append(torch.stack([indices, losses, *values.values()], dim=1))
         else:
             sums = torch.stack([torch.ones_like(indices), *values.values()], dim=1).sum(0, True)
             self._sums = sums if self._sums is None else self._sums + sums
@@ -406,7 +415,8 @@ class RDPOTrainer(Trainer):
         rows = self._gathered(torch.cat(rows))
         # Records that pad the last batch are duplicates.
         rows = rows[np.unique(rows[:, 0], return_index=True)[1]]
-        means = dict(zip(self._names, rows[:, 1:].mean(0).tolist(), strict=True))
+        names = ["loss", *self._names]  # Trainer's loss counts the duplicates
+        means = dict(zip(names, rows[:, 1:].mean(0).tolist(), strict=True))
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
 

@@ -14,7 +14,7 @@ from realign.cli import CommandParser, one_line_errors
 from realign.data.entries import Entry, entry_of
 from realign.data.errors import Malformed
 from realign.data.images import DataFolder
-from realign.files import check_file
+from realign.files import check_file, check_overwritten
 from realign.pairs.page import (
     Album,
     Answer,
@@ -66,7 +66,8 @@ def write_gallery(
 
     Raises:
         FileNotFoundError: when `pairs` does not exist.
-        ValueError: for a file without pairs, or a number out of range.
+        ValueError: for a file without pairs, a number out of range, or an output that would replace
+            an input.
     """
     return _write(pairs, output, image_folder, most, side)[:2]
 
@@ -76,6 +77,8 @@ def _write(
 ) -> tuple[int, int, str]:
     """The numbers of `write_gallery`, and a report of the images that are not shown."""
     check_numbers(most=most, side=side)
+    inputs = [Path(pairs), *([Path(image_folder)] if image_folder else [])]
+    check_overwritten("--output", output, inputs, (".html", ".htm"))
     stats = collect(pairs)
     total = stats.pairs
     shown = set(spread(total, most or total))

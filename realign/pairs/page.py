@@ -33,6 +33,9 @@ _INVISIBLE = re.compile(
     "[\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0001-\U000e007f]"
 )
 """Controls of the text direction, and characters without a shape. They hide or reorder a text."""
+_ESCAPE = re.compile(r"\\(?:(u00[01][0-9a-f]|[bf])|.)")
+"""An escape of JSON. Group 1 is that of a control character without a short escape, or of a
+backspace or form feed. A page shows none of these."""
 
 Verdicts = dict[str, tuple[str, str]]
 """Rule -> (tone, word). A tone is a class of the style: good, bad, part, low, high or "".
@@ -232,6 +235,7 @@ def write_page(output: str | Path, title: str, page: Page) -> None:
         f"script-src {hashes['script']}; base-uri 'none'; form-action 'none'"
     )
     text = json.dumps(asdict(page), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = _ESCAPE.sub(_visible_control, text)
     # Without `<`, no text in the block can end the block, or begin a tag or comment.
     text = _visible(text.replace("<", "\\u003c"))
     parts = {"%POLICY%": policy, "%TITLE%": html.escape(_visible(title)), "%DATA%": text}
@@ -241,6 +245,17 @@ def write_page(output: str | Path, title: str, page: Page) -> None:
     output.write_bytes(filled.encode("utf-8", "replace"))
 
 
+def _visible_control(escape: re.Match[str]) -> str:
+    """A code such as ⟨U+0007⟩ for a control character, and other escapes unchanged."""
+    if not escape[1]:
+        return escape[0]
+    return _code(json.loads(f'"{escape[0]}"'))
+
+
 def _visible(text: str) -> str:
     """Text with invisible characters as escapes, such as ⟨U+202E⟩, because the rules read them."""
-    return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
+    return _INVISIBLE.sub(lambda match: _code(match[0]), text)
+
+
+def _code(letter: str) -> str:
+    return f"⟨U+{ord(letter):04X}⟩"

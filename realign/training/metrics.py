@@ -63,6 +63,12 @@ def by_example(output: PreferenceOutput, objective: Objective) -> dict[str, torc
     return values | {f"logps/{name}": value for name, value in logps.items()}
 
 
+def example_losses(output: PreferenceOutput, objective: Objective) -> torch.Tensor:
+    """The loss of each example of a batch, (B,) fp64 without gradient."""
+    pairs = zip(objective.terms, output.term_losses.detach().double(), strict=True)
+    return torch.stack([term.weight * losses for term, losses in pairs]).sum(0)
+
+
 def sums(output: PreferenceOutput, objective: Objective) -> dict[str, torch.Tensor]:
     """Sums of all metrics over a batch's examples, as fp64 scalars."""
     added = {name: value.sum() for name, value in by_example(output, objective).items()}

@@ -360,7 +360,7 @@ def test_the_plot_is_written(run, tmp_path, suffix):
     [
         (["--output", "t.csv"], "--output t.csv ends in .csv. Name a file in .txt, .md or .tex"),
         (["--output", "base"], "--output base is a folder"),
-        (["--output", "base/random.jsonl", "--format", "text"], "is a file of answers"),
+        (["--output", "base/random.jsonl", "--format", "text"], "is an input"),
         (["--plot", "p.jpg"], "--plot is 'p.jpg'. Name a file that ends in .png, .svg, .pdf"),
         (["--plot", "base/random.jsonl/p.png"], "--plot"),
         (["--plot", "p.png", "--output", "p.png", "--format", "text"], "are both p.png"),
@@ -384,7 +384,7 @@ def test_only_earlier_tables_beside_the_answers_are_overwritten(run, tmp_path):
     (tmp_path / "base" / "metrics.json").write_text("kept")
     table = ["base", "dpo", "--format", "text", "--output"]
     code, out = run(*table, "base/metrics.json")
-    assert code == 1 and "is in a folder of the inputs. Name another file." in out
+    assert code == 1 and "is an input, or is in the folder of one. Name another file." in out
     assert (tmp_path / "base" / "metrics.json").read_text() == "kept"
     for _ in range(2):
         assert run(*table, "base/table.txt")[0] == 0

@@ -242,6 +242,10 @@ def test_invisible_characters_are_shown(tmp_path):
         "⟨U+202E⟩on⟨U+202C⟩ ⟨U+2066⟩⟨U+2069⟩⟨U+061C⟩⟨U+200F⟩⟨U+200B⟩⟨U+00AD⟩⟨U+FEFF⟩⟨U+E0041⟩"
     )
     assert not any(unicodedata.category(letter) == "Cf" for letter in page.text)
+    controls = "a\x00\x07\x08\x0c\x1b\\u0007\\\\b\t"
+    page, _ = _page(tmp_path, *_files(tmp_path, "random", [("a", "no", controls, "no")]))
+    shown = joined(page.data["cards"][0]["turns"][0]["answers"][0]["segments"])
+    assert shown == "a⟨U+0000⟩⟨U+0007⟩⟨U+0008⟩⟨U+000C⟩⟨U+001B⟩\\u0007\\\\b\t"
     kept = "a👩\u200d🔬 می\u200cخواهم שלום é\n\t"  # joiners are part of emojis and of words
     page, _ = _page(tmp_path, *_files(tmp_path, "random", [("a", "no", kept, "no")]))
     assert joined(page.data["cards"][0]["turns"][0]["answers"][0]["segments"]) == kept
@@ -353,7 +357,7 @@ def test_inputs_are_not_overwritten(tmp_path, monkeypatch, capsys, output, folde
     command = ["gallery", *paths, "--image-folder", "images", "--output"]
     before = Path(output).read_bytes()
     assert evaluate.main([*command, output]) == 1
-    assert f"--output {output} is a file of answers, or is in a folder" in capsys.readouterr().err
+    assert f"--output {output} is an input, or is in the folder" in capsys.readouterr().err
     assert Path(output).read_bytes() == before
     assert evaluate.main([*command, "before/gallery.html"]) == 0  # an earlier gallery
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import accelerate
 import datasets
+import pytest
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
@@ -63,10 +64,13 @@ class InOrder(RDPOTrainer):
         return list(range(len(self.train_dataset)))
 
 
-def launched(folder: str, data: str, batch: int, fsdp: bool = False) -> RDPOTrainer:
+def launched(
+    folder: str, data: str, batch: int, fsdp: bool = False, evaluated: bool = False
+) -> RDPOTrainer:
     """Train LoRA on a data set, with `batch` records per step in each process.
 
-    The five evaluation records cannot be divided evenly among processes and batches.
+    The five evaluation records cannot be divided evenly among processes and batches. `evaluated`
+    adds an evaluation before the training, in it with FSDP.
     """
     rows = datasets.load_dataset("parquet", data_files=data, split="train", cache_dir=folder)
     settings = {"per_device_train_batch_size": batch, "max_steps": 3, "learning_rate": 1e-4}
@@ -75,20 +79,27 @@ def launched(folder: str, data: str, batch: int, fsdp: bool = False) -> RDPOTrai
         shard_on_cpu()
         layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         wrap = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | layers
-        settings |= {"fsdp": True, "fsdp_config": wrap}
+        settings |= {"fsdp": True, "fsdp_config": wrap, "eval_on_start": evaluated}
     settings = config(Path(folder), **settings)
     trainer = InOrder(
         str(ASSETS), settings, rows, eval_dataset=rows.select(range(5)),
         peft_config=LoraConfig(**LORA),
     )  # fmt: skip
+    if evaluated and fsdp:
+        with pytest.raises(ValueError, match="Set eval_on_start=True in RDPOConfig"):
+            trainer.evaluate()
+    elif evaluated:
+        trainer.evaluate()
     trainer.train()
+    assert (evaluated and fsdp) == any("eval_loss" in e for e in trainer.state.log_history)
     assert fsdp == any(isinstance(p, DTensor) for p in trainer.model.parameters())
     return trainer
 
 
-def launched_rank(folder: str, data: str, fsdp: bool) -> None:
+def launched_rank(folder: str, data: str, way: str) -> None:
     """`launched` as one of two ranks. It ends as docs/trainers.md recommends."""
-    trainer = launched(folder, data, batch=4, fsdp=fsdp)
+    fsdp, evaluated = "fsdp" in way, "evaluated" in way
+    trainer = launched(folder, data, batch=4, fsdp=fsdp, evaluated=evaluated)
     trainer.save_model()
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():

@@ -27,17 +27,18 @@ def single(pairs_file, tmp_path_factory):
     return history(trainer), adapter, trainer.evaluate()
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", "ddp, evaluated before", "fsdp", "fsdp, evaluated before"])
 def test_two_processes_give_the_results_of_one(way, single, pairs_file, tmp_path):
     """Two processes with the same records per step give the curve and adapter of one process."""
     folder = tmp_path / "two"
-    run_ranks(launched_rank, 2, tmp_path / "log", str(folder), str(pairs_file), way == "fsdp")
+    run_ranks(launched_rank, 2, tmp_path / "log", str(folder), str(pairs_file), way)
     curve, adapter, metrics = single
     found = json.loads((folder / "found.json").read_text())
     assert found["curve"] == pytest.approx(curve, rel=2e-5)
     assert len(curve) == 3
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/visual", "eval_logps/rejected"):
         assert found["metrics"][name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-4), name
+    assert found["metrics"]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=2e-6)
     saved = load_file(folder / "out" / "adapter_model.safetensors")
     assert saved.keys() == adapter.keys()
     for name, value in adapter.items():  # Adam steps by 1e-4; a gradient near 0 may change its sign

@@ -5,6 +5,7 @@ import hashlib
 import html
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -288,6 +289,22 @@ def test_the_command(tmp_path, capsys):
         assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "x.html").exists()
         assert main(arguments) == 1
         assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["pairs.parquet", "link.html", "notes.txt", "images/a.png"])
+def test_inputs_are_not_overwritten(tmp_path, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    pairs = _file(tmp_path, _row(0))
+    (tmp_path / "images").mkdir()
+    for name in ("notes.txt", "images/a.png", "gallery.html"):
+        (tmp_path / name).write_text("kept")
+    os.link(pairs, tmp_path / "link.html")
+    before = Path(output).read_bytes()
+    command = [str(pairs), "--image-folder", "images", "--output"]
+    assert main([*command, output]) == 1
+    assert f"--output {output} is an input, or is in the folder of one" in capsys.readouterr().err
+    assert Path(output).read_bytes() == before
+    assert main([*command, "gallery.html"]) == 0  # an earlier gallery
 
 
 @needs_browser
