@@ -86,12 +86,13 @@ gpu-wheels:
 	@size=$$(du -sk $(WHEELS) | cut -f1); ls $(WHEELS); \
 	  echo "$$((size / 1024)) MiB, at most $(MOST_WHEELS)"; test $$size -le $$((1024 * $(MOST_WHEELS)))
 
-# Run it by hand before a GPU is used; it downloads torch's CUDA build. The interpreter of triton 3.6
-# fails with numpy 2.4 and later. torch 2.11 does not accept a newer setuptools.
+# Run it by hand before a GPU is used; it downloads torch's CUDA build. It uses python3.12 if that
+# runs (a shim of pyenv may not). The interpreter of triton 3.6 fails with numpy 2.4 and later. torch
+# 2.11 does not accept a newer setuptools.
 REHEARSAL := .venv-gpu
 gpu-rehearsal: CACHE := $(CURDIR)/$(REHEARSAL)/cache
 gpu-rehearsal:
-	$(or $(shell command -v python3.12),$(PYTHON)) -m venv $(REHEARSAL)
+	$(or $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null),$(PYTHON)) -m venv $(REHEARSAL)
 	grep -Ev '^(torch|triton|numpy|setuptools)==' constraints.txt > $(REHEARSAL)/constraints.txt
 	$(REHEARSAL)/bin/python -m pip install -q -c $(REHEARSAL)/constraints.txt torch==2.11.0 triton==3.6.0 \
 	  'numpy<2.4' pytest pytest-benchmark hypothesis -e '.[peers]'
