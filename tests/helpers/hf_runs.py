@@ -9,6 +9,7 @@ from pathlib import Path
 import accelerate
 import datasets
 import pytest
+import torch
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
@@ -105,6 +106,28 @@ def launched_rank(folder: str, data: str, way: str) -> None:
     if trainer.is_world_process_zero():
         found = json.dumps({"curve": history(trainer), "metrics": metrics})
         Path(folder, "found.json").write_text(found)
+    trainer.accelerator.end_training()
+    os._exit(0)
+
+
+def resumed_rank(folder: str, data: str) -> None:
+    """One of two ranks that shard, train with a checkpoint after step 1, and resume from it."""
+    shard_on_cpu()
+    rows = datasets.load_dataset("parquet", data_files=data, split="train", cache_dir=folder)
+    layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    wrap = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | layers
+    settings = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-4}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "fsdp": True, "fsdp_config": wrap}
+    curves, weights = [], []
+    for resume in (None, str(Path(folder, "out", "checkpoint-1"))):
+        trainer = InOrder(
+            str(ASSETS), config(Path(folder), **settings), rows, peft_config=LoraConfig(**LORA)
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        curves.append([history(trainer), history(trainer, "grad_norm")])
+        weights.append([p.full_tensor() for p in trainer.model.parameters() if p.requires_grad])
+    assert len(curves[0][0]) == 3 and curves[0] == curves[1]
+    assert weights[0] and all(map(torch.equal, *weights))
     trainer.accelerator.end_training()
     os._exit(0)
 

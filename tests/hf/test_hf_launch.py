@@ -10,7 +10,7 @@ import pytest
 import torch.distributed.run
 from accelerate.commands import launch
 from forked_ranks import run_ranks
-from hf_runs import history, launched, launched_rank, run_script
+from hf_runs import history, launched, launched_rank, resumed_rank, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -43,6 +43,10 @@ def test_two_processes_give_the_results_of_one(way, single, pairs_file, tmp_path
     assert saved.keys() == adapter.keys()
     for name, value in adapter.items():  # Adam steps by 1e-4; a gradient near 0 may change its sign
         torch.testing.assert_close(saved[name], value, rtol=0, atol=3e-5)
+
+
+def test_two_sharded_processes_resume_with_the_same_bits(pairs_file, tmp_path):
+    run_ranks(resumed_rank, 2, tmp_path / "log", str(tmp_path / "two"), str(pairs_file))
 
 
 def run_example(name, pairs_file, output, monkeypatch, capsys) -> str:
