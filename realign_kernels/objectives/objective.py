@@ -1,10 +1,9 @@
 """`Objective`: named leaves, the terms that compare them, and beta."""
 
-import copy
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple, Self
 
 import torch
@@ -138,9 +137,17 @@ class Objective:
         right = shift.dim() == 0 if isinstance(shift, Tensor) else math.isfinite(shift)
         if not right:
             raise ValueError(f"shift must be a finite number or a tensor (), got {shift!r}")
-        moved = copy.copy(self)
+        # By fields, because Dynamo of torch 2.11 does not trace copy.copy.
+        moved = object.__new__(type(self))
+        for entry in fields(self):
+            object.__setattr__(moved, entry.name, getattr(self, entry.name))
         object.__setattr__(moved, "shift", shift)
         return moved
+
+    def __hash__(self) -> int:
+        # Equal objectives have equal names. Dynamo of torch 2.11 hashes an object that it calls,
+        # and one that is made in the traced code has no fields yet.
+        return hash(self.__dict__.get("name"))
 
     def __call__(
         self,
