@@ -93,6 +93,7 @@ REHEARSAL := .venv-gpu
 gpu-rehearsal: CACHE := $(CURDIR)/$(REHEARSAL)/cache
 gpu-rehearsal:
 	$(or $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null),$(PYTHON)) -m venv $(REHEARSAL)
+	if command -v nvcc; then $(REHEARSAL)/bin/python -m pip install -q --no-deps -c constraints.txt nvidia-cutlass; fi
 	grep -Ev '^(torch|triton|numpy|setuptools)==' constraints.txt > $(REHEARSAL)/constraints.txt
 	$(REHEARSAL)/bin/python -m pip install -q -c $(REHEARSAL)/constraints.txt torch==2.11.0 triton==3.6.0 \
 	  'numpy<2.4' pytest pytest-benchmark hypothesis -e '.[peers]'

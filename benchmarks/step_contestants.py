@@ -167,8 +167,11 @@ class Ours:
             fsdp.shard(model, device, dtype)
         else:
             model.to(device)
-        began, forests = now(), (examples, store)
-        found = fill(cache, fingerprint, model, *forests, batch_rows=8, device=device)
+        settings = {"batch_rows": 8, "device": device}
+        few = [examples[0], examples[1]]  # compiles kernels and loads libraries
+        fill(cache.with_name("warm-up"), fingerprint, model, few, store, **settings)
+        began = now()
+        found = fill(cache, fingerprint, model, examples, store, **settings)
         self.reference_seconds, references = now() - began, found.float()
         if sharded:
             model.reshard()

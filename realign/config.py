@@ -264,7 +264,7 @@ class OptimConfig:
     micro_batch_size: int = 16
     """Examples in one forward of one rank. Gradients of a larger batch are accumulated."""
     epochs: float = 1.0
-    """Passes over the pairs."""
+    """Passes over the pairs. A last batch that is not full is filled from a further pass."""
     steps: int = 0
     """Steps to train, instead of --epochs. 0 uses --epochs."""
 

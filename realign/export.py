@@ -111,7 +111,10 @@ def evaluation_of(file: Path) -> str:
         if not scores.get("scores", scores):
             raise ValueError("it is empty")
         if "scores" in scores:
-            return "\n\n".join(map(markdown, tables_of(scores["scores"])))
+            shown = [*map(markdown, tables_of(scores["scores"]))]
+            if failed := int(scores["scores"].get("unanswered", 0)):
+                shown.append(f"{failed} questions have no answer and are scored as empty answers.")
+            return "\n\n".join(shown)
         rows = []
         for name, rate in scores.items():
             value, low, high = (100 * float(rate[key]) for key in ("value", "low", "high"))

@@ -144,6 +144,27 @@ def check_folder(flag: str, path: str | Path) -> None:
     _create_in(path, flag, path)
 
 
+def check_apart(flag: str, path: str | Path, data: str | Path) -> None:
+    """Check that an output is neither the data that a command reads nor in their folder.
+
+    Args:
+        flag: the flag that names the output, for the message.
+        path: the output.
+        data: a file, a folder, or another name, which is not checked.
+
+    Raises:
+        ValueError: for such an output.
+    """
+    path, data = Path(path), Path(data)
+    if data.is_dir() and path.resolve().is_relative_to(data.resolve()):
+        raise ValueError(
+            f"{flag} {path} is in the folder of the data, which would change. Name a path outside "
+            "of it."
+        )
+    if data.is_file() and path.exists() and path.samefile(data):
+        raise ValueError(f"{flag} {path} is the data that is read. Name another file.")
+
+
 def check_overwritten(
     flag: str, path: str | Path, inputs: Iterable[Path], suffixes: Collection[str]
 ) -> None:

@@ -19,7 +19,7 @@ from benchmarks.gpu.measure import figures
 from benchmarks.gpu.record import Record
 from benchmarks.results import LIMIT
 
-ROUNDS = 0.3
+ROUNDS = 0.2
 """Seconds for the rounds of a contestant, of which it runs at least three."""
 FROZEN, TRAINED, LOGPS = "frozen", "trained", "log-probs"
 PEERS = {kind: [name for name in CONTESTANTS if name != OURS] for kind in (FROZEN, TRAINED)} | {

@@ -42,7 +42,10 @@ _MOST_JSON = 2 << 30
 """Limit on a JSON file, in bytes: twice LLaVA's llava_v1_5_mix665k.json. JSON lines have none."""
 _TABLES = (".parquet", ".arrow")
 _DATA = (*_TABLES, ".json", ".jsonl", ".csv", ".tsv")
-_SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+_SPLIT = re.compile(
+    r"(trainval|train|test|validation|valid|val|dev|eval|held_?out|hold_?out)(?:mini)?(?![A-Za-z])"
+)
+"""The kind of a split at the start of its name, such as test in test_prefs or testmini."""
 _WHOLE = ("completions", "completions:all", "llava-rlhf", "sentinel", "opa-dpo")
 """Formats with columns that are not those of TRL."""
 Items = Iterator[tuple[str, Any]]
@@ -204,8 +207,8 @@ def _of_split(path: Path, tables: list[Path], split: str | None) -> list[Path]:
         return {begin[0] if begin else "", file.parent.name if file.parent != path else ""}
 
     if split is None:
-        names = {name for file in tables for name in splits_of(file) & _SPLITS}
-        if len(names) > 1:
+        names = {name for file in tables for name in splits_of(file) if _SPLIT.match(name)}
+        if len({match[1] for name in names if (match := _SPLIT.match(name))}) > 1:
             raise ValueError(
                 f"{path} holds files of the splits {', '.join(sorted(names))}. Add --split, or "
                 "load one with `datasets`."

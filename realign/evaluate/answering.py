@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from realign.data.errors import short_repr, shorten
 from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.evaluate.files import read_text
 from realign.files import check_file, write_whole
+from realign.modeling.merging import adapter_base
 from realign.pairs.engines import Chat, Engine
 from realign.pairs.io.images import load_image
 from realign.pairs.io.rows import files_digest
@@ -112,6 +113,8 @@ def prepare(
         )
     check_file("--output", output)
     mark = files_digest(model)
+    if mark and (base := adapter_base(model)) and (of_base := files_digest(base)):
+        mark += of_base
     asked = {"model": model, "mark": mark, "max_tokens": max_tokens, "suffix": suffix}
     asked |= {name: value for name, value in (settings or {}).items() if value is not None}
     sheet = Sheet(questions, DataFolder(images), output, asked, _read(output, asked), benchmark)
@@ -223,6 +226,11 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
             f"{path} holds no answers. Name the output of `python -m realign.evaluate`."
         )
     return lines
+
+
+def unanswered(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines without an answer because of an error. Scores take them as empty answers."""
+    return [line for line in lines if line.get("error") and line["answer"] == ""]
 
 
 def _read(output: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -22,10 +22,10 @@ from realign.cli import CommandParser
 from realign.config import check_pixels
 from realign.data.errors import shorten
 from realign.evaluate import amber, chair, compare, files, gallery, sets, tables
-from realign.evaluate.answering import Question, Sheet, answer, prepare
+from realign.evaluate.answering import Question, Sheet, answer, prepare, unanswered
 from realign.evaluate.benchmarks import BENCHMARKS, report
 from realign.evaluate.handoff import hand_off
-from realign.files import check_file, check_folder, write_whole
+from realign.files import check_file, check_folder, read_json, write_whole
 from realign.terminal import show
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -214,7 +214,7 @@ def ask(args: argparse.Namespace) -> str:
         for row in questions:  # the paper's score of both parts
             both = (1 - figures["CHAIR"] + row["F1"]) / 2
             row["AMBER score"] = both if row["group"] == "all" else None
-    return _write_scores(args, parts)
+    return _write_scores(args, parts, answers)
 
 
 def _words(args: argparse.Namespace) -> amber.Words:
@@ -261,7 +261,8 @@ def captions(args: argparse.Namespace) -> str:
     items = [Question(str(image), args.prompt, names[image]) for image in images]
     sheet = _sheet(args, items, "chair", benchmark="chair", max_tokens=args.max_tokens)
     check_file("--output", Path(args.output) / "chair-objects.json")
-    lines = _answers(args, {"chair": sheet})["chair"]
+    answers = _answers(args, {"chair": sheet})
+    lines = answers["chair"]
     texts = {int(line["id"]): line["answer"] for line in lines}
     objects = [
         chair.hallucinated(vocabulary.objects(text), visible[image])
@@ -275,7 +276,7 @@ def captions(args: argparse.Namespace) -> str:
     synonyms = Path(args.synonyms).name if args.synonyms else chair.OWN
     heads = {"chair_s": "CHAIR-s", "chair_i": "CHAIR-i"}
     row = {heads.get(name, name): value for name, value in found.items()}
-    return _write_scores(args, {f"CHAIR, objects by {synonyms}": [row]})
+    return _write_scores(args, {f"CHAIR, objects by {synonyms}": [row]}, answers)
 
 
 def handoff(args: argparse.Namespace) -> str:
@@ -294,7 +295,7 @@ def _sheet(
 ) -> Sheet:
     """Check the questions and the output paths."""
     check_folder("--output", args.output)
-    check_file("--output", Path(args.output) / f"{args.command}.json")
+    _check_scores(Path(args.output) / f"{args.command}.json")
     return prepare(
         items,
         args.image_folder,
@@ -330,7 +331,7 @@ def _answers(
     finally:
         engine.close()
     for lines in answers.values():
-        if failed := [line for line in lines if line.get("error") and line["answer"] == ""]:
+        if failed := unanswered(lines):
             why = shorten(str(failed[0]["error"]))
             show(f"{len(failed)} of {len(lines)} questions have no answer ({why})")
     return answers
@@ -357,10 +358,35 @@ def _digest(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def _write_scores(args: argparse.Namespace, parts: Mapping[str, list[dict[str, Any]]]) -> str:
+def _check_scores(path: Path) -> None:
+    """Check that a file can be written, and that it is missing or holds scores.
+
+    Raises:
+        ValueError: for another file, such as the questions of a benchmark of the same name.
+    """
+    check_file("--output", path)
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        scores = "scores" in read_json(path)
+    except ValueError:
+        scores = False
+    if not scores:
+        raise ValueError(
+            f"{path} holds no scores, so it would be overwritten by them. Name another --output."
+        )
+
+
+def _write_scores(
+    args: argparse.Namespace,
+    parts: Mapping[str, list[dict[str, Any]]],
+    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> str:
     """Write the scores to the folder of the answers. Returns their tables."""
     path = Path(args.output) / f"{args.command}.json"
-    scores = {"parts": parts}
+    scores: dict[str, Any] = {"parts": parts}
+    if failed := sum(len(unanswered(lines)) for lines in answers.values()):
+        scores["unanswered"] = failed
     content = {"model": args.model, "scores": scores}
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     shown = [f"{table.title}\n{tables.text(table)}" for table in tables.tables_of(scores)]

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from realign.data.errors import shorten
 from realign.evaluate import tables
+from realign.evaluate.answering import unanswered
 from realign.evaluate.benchmarks import BENCHMARKS, Answered, read_answered, units
 from realign.evaluate.paired import Comparison, compare_all, holm
 from realign.evaluate.plots import PLOTS, Row, forest
@@ -40,7 +41,8 @@ def compare(args: argparse.Namespace) -> str:
             check_overwritten(flag, path, paths, suffixes)
     found, names = read_models(paths), distinct_names(paths)
     rows = _rows(names, found, args.seed, _chosen(args.rule, found[0]))
-    table, notes = _table(rows), [*_skipped(paths, found), *_notes(rows)]
+    notes = [*_skipped(paths, found), *_unanswered(names, found), *_notes(rows)]
+    table = _table(rows)
     shown = _formatted(table, notes, "text" if args.output else kind)
     written = []
     if args.output:
@@ -300,6 +302,18 @@ def _skipped(paths: Sequence[Path], found: Sequence[Mapping[str, Answered]]) -> 
     return [
         f"Skipped {name}.jsonl: it has no scored answers." for name in files if name not in found[0]
     ]
+
+
+def _unanswered(names: Sequence[str], found: Sequence[Mapping[str, Answered]]) -> Iterator[str]:
+    """Notes on questions without an answer."""
+    for name, answered in zip(names, found, strict=True):
+        for file, of_file in answered.items():
+            lines = of_file.lines
+            if failed := len(unanswered(lines)):
+                yield (
+                    f"{name} has no answer to {failed} of {len(lines)} questions of {file}. They "
+                    "are scored as empty answers."
+                )
 
 
 def _formatted(table: tables.Table, notes: Sequence[str], kind: str) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+SET = ("category", "subcategory", "set_id")
+"""Fields that identify a set of figures with their questions."""
 NEEDED = ("category", "subcategory", "set_id", "figure_id", "question_id", "gt_answer")
 
 

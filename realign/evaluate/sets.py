@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
@@ -49,7 +49,7 @@ class Source:
         paths: files, or the folder of a benchmark.
         images: image folder. Images inside a table are written to it.
         limit: number of questions to use; 0 uses all. POPE's files and AMBER's parts have this
-            number each. Pairs and rotations are not cut.
+            number each. Pairs, sets of figures and rotations are not cut.
         split: split of ScienceQA.
         part: part of AMBER.
     """
@@ -106,7 +106,7 @@ def hallusion(source: Source) -> Sheets:
     """
     questions = []
     (path,) = source.paths
-    for row in files.read_rows(path, _HALLUSION, "Give HallusionBench.json.", source.limit):
+    for row in files.read_rows(path, _HALLUSION, "Give HallusionBench.json."):
         file = row.get("filename")
         if file is not None and not files.is_text(file):
             raise ValueError(f"{path}: filename is {short_repr(file)}, not text.")
@@ -115,7 +115,8 @@ def hallusion(source: Source) -> Sheets:
         facts = {key: value for key, value in row.items() if key not in _RESERVED}
         facts["label"] = "yes" if str(row["gt_answer"]) == "1" else "no"
         questions.append(Question(name, row["question"], file if has_image else None, facts))
-    return {"hallusionbench": questions}
+    sets = [tuple(str(q.facts[field]) for field in hallusionbench.SET) for q in questions]
+    return {"hallusionbench": _limited_to(questions, sets, source.limit)}
 
 
 def mme(source: Source) -> Sheets:
@@ -171,17 +172,20 @@ def _mme_folder(folder: Path, remedy: str) -> list[Question]:
 
 def _limited(questions: Sequence[Question], fact: str, limit: int) -> list[Question]:
     """The questions of the first units, at least `limit` questions. 0 keeps all."""
-    names: dict[str, int] = {}
-    for question in questions:
-        names.setdefault(question.facts[fact], len(names))
-    sizes = Counter(question.facts[fact] for question in questions)
+    return _limited_to(questions, [question.facts[fact] for question in questions], limit)
+
+
+def _limited_to(
+    questions: Sequence[Question], units: Sequence[Hashable], limit: int
+) -> list[Question]:
+    """As `_limited`, with the unit of each question."""
     kept, number = set(), 0
-    for name in names:
+    for unit, size in Counter(units).items():  # in the order of their first questions
         if limit and number >= limit:
             break
-        kept.add(name)
-        number += sizes[name]
-    return [question for question in questions if question.facts[fact] in kept]
+        kept.add(unit)
+        number += size
+    return [question for question, unit in zip(questions, units, strict=True) if unit in kept]
 
 
 def mmstar(source: Source) -> Sheets:

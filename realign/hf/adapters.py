@@ -209,16 +209,15 @@ def save(holder: nn.Module, folder: Path, gathered: Mapping[str, Tensor] | None 
         config.save_pretrained(str(place))
 
 
-def load(holder: nn.Module, folder: Path) -> None:
-    """Load all adapters that `save` has written into a holder of the same adapters.
+def check_saved(holder: nn.Module, folder: Path) -> None:
+    """Check that `save` has written adapters with the settings of the holder's.
 
     Raises:
-        ValueError: if an adapter is missing, or has different settings or weights, with its name.
+        ValueError: if an adapter is missing, or has different settings, with its name.
     """
     for name, config in configs_of(holder).items():
         place = place_of(holder, folder, name)
-        file = place / SAFETENSORS_WEIGHTS_NAME
-        if not file.exists():
+        if not (place / SAFETENSORS_WEIGHTS_NAME).exists():
             raise ValueError(
                 f"{place} has no {SAFETENSORS_WEIGHTS_NAME} for resuming adapter {name!r}."
             )
@@ -230,6 +229,17 @@ def load(holder: nn.Module, folder: Path) -> None:
                 + "; ".join(f"{k} is {new.get(k)!r:.60}, was {old.get(k)!r:.60}" for k in changed)
                 + ". Resume with the settings of the checkpoint."
             )
+
+
+def load(holder: nn.Module, folder: Path) -> None:
+    """Load all adapters that `save` has written into a holder of the same adapters.
+
+    Raises:
+        ValueError: if an adapter is missing, or has different settings or weights, with its name.
+    """
+    check_saved(holder, folder)
+    for name in configs_of(holder):
+        file = place_of(holder, folder, name) / SAFETENSORS_WEIGHTS_NAME
         weights = load_file(file)
         if not isinstance(holder, PeftModel):
             weights = {n.removeprefix("base_model.model."): v for n, v in weights.items()}

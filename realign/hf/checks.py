@@ -14,8 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel
 
 from realign.hf.adapters import base_state, split
@@ -112,6 +114,21 @@ def check_full_model(vlm: PreTrainedModel) -> None:
             f"({textwrap.shorten(str(error), 250, placeholder=' ...')}). Set do_sample=True in it, "
             "or leave out the sampling settings."
         ) from error
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Check that FSDP gathers whole weights for a checkpoint, as `RDPOTrainer` writes them.
+
+    Raises:
+        ValueError: when it would write shards.
+    """
+    plugin: Any = accelerator.state.fsdp_plugin
+    kind = plugin.state_dict_type
+    if kind != StateDictType.FULL_STATE_DICT:
+        raise ValueError(
+            f"fsdp_state_dict_type is {kind.name}, so the trained model would not be saved. Set "
+            "FULL_STATE_DICT in accelerate's configuration, or state_dict_type in fsdp_config."
+        )
 
 
 def agreed(fingerprint: dict[str, str]) -> dict[str, str]:

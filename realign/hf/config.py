@@ -20,7 +20,15 @@ _REFUSED = {  # settings of Trainer without effect on this loss
     "use_liger_kernel": False,
     "torch_compile": False,
 }
-_TEXTS = ("objective", "link", "split", "image_folder", "reference_cache", "reference_model")
+_TEXTS = (
+    "objective",
+    "link",
+    "split",
+    "eval_split",
+    "image_folder",
+    "reference_cache",
+    "reference_model",
+)
 _PRECISION = ("fp16", "fp16_full_eval", "bf16_full_eval")
 
 
@@ -42,6 +50,7 @@ class RDPOConfig(TrainingArguments):
         max_response_tokens: maximum number of tokens in a response. A longer response is an error.
         row_tokens: maximum number of tokens in a row of the forest. 0 chooses by the attention.
         split: split of data sets that are given by a path or a name on the Hub.
+        eval_split: the same for `eval_dataset`, which else has that of `split`.
         image_folder: folder that contains the images of such data sets, and that their paths are
             relative to. None means the folder of the file.
         image_workers: threads that decode and preprocess images ahead of the step. 0 uses the
@@ -76,6 +85,7 @@ class RDPOConfig(TrainingArguments):
     max_response_tokens: int = 1024
     row_tokens: int = 0
     split: str | None = None
+    eval_split: str | None = None
     image_folder: str | None = None
     image_workers: int | None = None
     reference_cache: str | None = None

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from realign.data import sources
 from realign.data.ranks import first_on_machine
 from realign.data.record_table import RecordTable, open_converted, open_table, table_of
 from realign.data.records import Record
+from realign.data.split import shared_records
 from realign.files import read_json
 from realign.hf.records import records_of, stream_rows
 from realign.modeling import projector
@@ -28,6 +30,7 @@ from realign.modeling.layouts import max_tokens
 from realign.modeling.loading import adapter_base, from_pretrained
 from realign.modeling.model import ForestModel
 from realign.progress import track
+from realign.training.held_out import table_rows
 from realign_kernels import Objective, leaf_keys, objectives
 
 
@@ -88,27 +91,41 @@ def batch_of(indices: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"indices": torch.tensor(indices)}
 
 
-def check_finite(losses: Sequence[tuple[torch.Tensor, tuple[str, ...]]]) -> None:
-    """Check that losses are finite, after reading them from the device in one copy.
+def check_finite(
+    losses: Sequence[tuple[torch.Tensor, tuple[str, ...]]],
+    norm: torch.Tensor | float | None = None,
+) -> None:
+    """Check that numbers are finite, after reading them from the device in one copy.
 
     Args:
         losses: losses with the names of their records.
+        norm: the gradient norm before an update.
 
     Raises:
-        ValueError: if a loss is not finite, with the names of its records.
+        ValueError: if a loss is not finite, with the names of its records, or the norm is not.
     """
-    values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
-    for value, (_, names) in zip(values, losses, strict=True):
+    numbers = [loss for loss, _ in losses]
+    if norm is not None:
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        like = numbers[0] if numbers else torch.zeros(())
+        numbers.append(torch.as_tensor(whole, dtype=like.dtype, device=like.device).detach())
+    values = torch.stack(numbers).tolist() if numbers else []
+    for value, (_, names) in zip(values[: len(losses)], losses, strict=True):
         if not math.isfinite(value):
             raise ValueError(
                 f"the loss of records {', '.join(names)} is {value}. Look at their images and "
                 "texts, or lower the learning rate. Checkpoints are kept."
             )
+    if norm is not None and not math.isfinite(values[-1]):
+        raise ValueError(
+            f"the gradient norm is {values[-1]}, though the losses are finite. The weights were "
+            "not updated. Lower the learning rate. Checkpoints are kept."
+        )
 
 
 def reporter(args: TrainingArguments) -> Callable[[str], None]:
-    """Return a function that prints a line on the first process, unless disable_tqdm is set."""
-    return print if args.process_index == 0 and not args.disable_tqdm else lambda line: None
+    """Return a function that prints a line on the first process."""
+    return print if args.process_index == 0 else lambda line: None
 
 
 def load_weights(vlm: PreTrainedModel, folder: Path) -> None:
@@ -154,6 +171,32 @@ def record_table(
     if table.skipped:
         log(f"skipped records: {table.skipped_text}")
     return table
+
+
+def warn_of_shared(
+    names: Iterable[str],
+    tables: Sequence[RecordTable],
+    encoded: Sequence[Examples],
+    log: Callable[[str], None],
+) -> None:
+    """Warn of evaluation records that share images with the training records.
+
+    Args:
+        names: names of the evaluation sets.
+        tables: the table of the training records, then one for each name.
+        encoded: the examples of each table.
+        log: receives the lines.
+    """
+    rows = [table_rows(examples) for examples in encoded]
+    for name, table, own in zip(names, tables[1:], rows[1:], strict=True):
+        records, images = shared_records(table, own, tables[0], rows[0])
+        if records:
+            where = f"eval_dataset {name}".strip()
+            log(
+                f"warning: {records:,} of {len(own):,} records of {where} share images (or a "
+                f"prompt without one) with the training records: {images:,} in common. Their "
+                "metrics are too good."
+            )
 
 
 def _table_of(rows: Any, progress: Callable[[Iterable[Record]], Iterable[Record]]) -> RecordTable:

@@ -117,19 +117,18 @@ class RDPOTrainer(Trainer):
         shows = not args.disable_tqdm and args.process_index == 0
         as_table = partial(
             parts.record_table,
-            split=args.split,
             image_folder=args.image_folder,
             progress=shows,
             log=self._log_rank0,
         )
-        table = as_table(train_dataset)
+        table = as_table(train_dataset, split=args.split)
         self.objective = make_objective(args.loss, table)
         tables = [table]
         several = isinstance(eval_dataset, dict)
         sets: Any = eval_dataset if several else {"": eval_dataset}
         sets = {} if eval_dataset is None else sets
         for rows in sets.values():
-            tables.append(table := as_table(rows))
+            tables.append(table := as_table(rows, split=args.eval_split or args.split))
             parts.check_objective(self.objective, make_objective(args.loss, table))
         encode = partial(
             parts.encode_tables,
@@ -140,6 +139,7 @@ class RDPOTrainer(Trainer):
         )
         # Data sets are ranges of examples: first for training, then for evaluation.
         encoded = encode(processor, module, log=self._log_rank0)
+        parts.warn_of_shared(sets, tables, encoded, self._log_rank0)
         self.examples = reduce(add, encoded)
         ends = np.cumsum([len(examples) for examples in encoded]).tolist()
         indices: Any = range(ends[0])
@@ -171,6 +171,8 @@ class RDPOTrainer(Trainer):
             processing_class=processor,
             **kwargs,
         )
+        if self.is_fsdp_enabled:
+            checks.check_sharding(self.accelerator)
         self.label_names = []
         self.can_return_loss = True
         self.model_accepts_loss_kwargs = False  # a mean over examples, averaged over micro-batches
@@ -352,7 +354,7 @@ class RDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean loss of a batch of example indices. `training_step` checks that it is finite.
+        """The mean loss of a batch of example indices. It is checked before the update.
 
         Raises:
             RecordError: if an image cannot be read again.
@@ -380,21 +382,25 @@ class RDPOTrainer(Trainer):
         return (loss, {"logps": output.logps}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer.training_step`, with a check of all micro-batch losses before an update.
+        """As `Trainer.training_step`, with an update of the running mean after the last."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self._step_rewards:
+            rewards = torch.cat(self._step_rewards, dim=1).mean(0)
+            rows = self._gathered(torch.stack([torch.ones_like(rewards), rewards], dim=1))
+            self._shift.add(float(rows[:, 1].mean()), len(rows))
+            self._step_rewards = []
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in `Trainer`, which calls it before each update, with one check of a step's numbers.
 
         Raises:
-            ValueError: if a loss is not finite, with the names of the records.
+            ValueError: if the gradient norm or the loss of a micro-batch is not finite.
         """
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            losses, self._losses = self._losses, []
-            parts.check_finite(losses)
-            if self._step_rewards:
-                rewards = torch.cat(self._step_rewards, dim=1).mean(0)
-                rows = self._gathered(torch.stack([torch.ones_like(rewards), rewards], dim=1))
-                self._shift.add(float(rows[:, 1].mean()), len(rows))
-                self._step_rewards = []
-        return loss
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        losses, self._losses = self._losses, []
+        parts.check_finite(losses, norm)
+        return norm
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the loss only, since there are no logits."""
@@ -535,6 +541,8 @@ class RDPOTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         self._shift = self._run_reference().check(folder)
         if self.is_fsdp_enabled:
+            if self.adapter is not None:
+                adapters.check_saved(self.adapter, folder)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.adapter is not None:
             adapters.load(self.adapter, folder)

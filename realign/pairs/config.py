@@ -10,6 +10,7 @@ from typing import Any
 
 from realign.config import check_pixels
 from realign.digits import ASSETS
+from realign.files import check_apart
 from realign.modeling.loading import DTYPES
 from realign.modeling.prefetch import default_workers
 from realign.pairs import engines, negatives
@@ -184,13 +185,9 @@ class PairsConfig:
             raise ValueError(
                 f"output {self.output} is also the work folder; use the suffix .parquet."
             )
-        if self.data is not None and Path(self.data).is_dir():
-            for flag, path in (("output", output), ("work", work)):
-                if path.resolve().is_relative_to(Path(self.data).resolve()):
-                    raise ValueError(
-                        f"--{flag} {path} is in the folder of --data, which the run would change. "
-                        "Name a path outside of it."
-                    )
+        if self.data is not None:
+            for flag, path in (("--output", output), ("--work", work)):
+                check_apart(flag, path, self.data)
         if unknown := [name for name in self.categories if name not in CATEGORIES]:
             raise ValueError(
                 f"mask contains {', '.join(unknown)}; the kinds are {', '.join(CATEGORIES)}."

@@ -86,11 +86,14 @@ def with_checkpointing(config: TrainConfig, pairs: Path) -> tuple[TrainConfig, s
         return replace(config, scale=replace(config.scale, activation_checkpointing=value))
 
     if room is not None and config.scale.activation_checkpointing is None:
-        plan = Plan(given(False), pairs, sampled=_FEW)
+        plan = None
         try:
+            plan = Plan(given(False), pairs, sampled=_FEW)
             needed = sum(plan.memory_parts().values())
             reason = f"without it {_gib(needed)} of {_gib(room)} are needed, as estimated"
         except Exception as error:  # models raise errors of many types for fake tensors
+            if plan is None and isinstance(error, ValueError | OSError):
+                raise  # of the settings or records
             needed, reason = 0, f"the memory cannot be estimated ({short_error(error)})"
         on, reason = distributed.broadcast_from_rank0(lambda: (needed > room, reason))
         reason = f"{'on' if on else 'off'}: {reason}"

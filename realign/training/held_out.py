@@ -67,7 +67,7 @@ def add(
     """
     if not config.given:
         return examples, _NONE
-    rows = _rows(examples)
+    rows = table_rows(examples)
     if config.eval_pairs is None:
         held_out = np.flatnonzero(split.held_out(table, rows, config.eval_share, seed))
         share = len(held_out) / len(rows)
@@ -85,7 +85,7 @@ def add(
     except RecordError as error:  # both files may have a record of that name
         error.args = (f"--eval-pairs {config.eval_pairs}: {error}",)
         raise
-    records, images = split.shared_records(other, _rows(added), table, rows)
+    records, images = split.shared_records(other, table_rows(added), table, rows)
     if records:
         distributed.log_rank0(
             f"warning: {records:,} of {len(added):,} held-out records share images (or a prompt "
@@ -99,8 +99,8 @@ def _of_evaluation(line: str) -> None:
     distributed.log_rank0(f"--eval-pairs: {line}")
 
 
-def _rows(examples: Examples) -> np.ndarray:
-    """Index of each example in its table."""
+def table_rows(examples: Examples) -> np.ndarray:
+    """Index of each example in its table, (examples,) int64."""
     rows = [chunk.row(index) for chunk in examples.chunks for index in range(len(chunk))]
     return np.array(rows, np.int64)
 

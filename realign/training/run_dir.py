@@ -86,18 +86,35 @@ def steps_done(config: TrainConfig, checkpoints: Checkpoints) -> int:
     """The step to resume from, 0 for a new run. An earlier run is never overwritten.
 
     Raises:
-        ValueError: when the folder holds a run and `resume` is off.
+        ValueError: when the folder holds a run and `resume` is off, or its folder `model`, which
+            the run writes, holds other files.
         CheckpointError: when it holds checkpoints and none is intact.
     """
+    output = Path(config.run.output)
+    folder = output / "model"
+    for path in filter(None, (config.model.model, config.model.reference_model)):
+        if Path(path).exists() and _within(path, folder):
+            raise ValueError(
+                f"the run replaces the folder {folder}, and {path} is in it. Name another --output."
+            )
     if config.run.resume:
         return checkpoints.last_intact()
-    done, output = checkpoints.last(), Path(config.run.output)
+    done = checkpoints.last()
     if done or (output / "metrics.jsonl").exists():
         raise ValueError(
             f"{output} holds a run with a checkpoint at step {done}. Add --resume to continue "
             "it, or name another --output."
         )
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds files, and the run would replace them. Name another --output."
+        )
     return 0
+
+
+def _within(path: str | Path, folder: Path) -> bool:
+    """Whether a path is a folder or in it, through symbolic links."""
+    return Path(path).resolve().is_relative_to(folder.resolve())
 
 
 def check_outputs(run: RunConfig) -> None:

@@ -16,8 +16,9 @@ from realign.config import OptimConfig
 
 
 def total_steps(count: int, optim: OptimConfig) -> int:
-    """Number of steps of a run over `count` examples."""
-    return optim.steps or max(1, round(optim.epochs * count / optim.batch_size))
+    """Number of steps of a run over `count` examples. Its last step may begin a further epoch."""
+    # The margin is for products such as 1.1 * 10 = 11.000000000000002.
+    return optim.steps or max(1, math.ceil(optim.epochs * count / optim.batch_size - 1e-9))
 
 
 def batches(

@@ -169,6 +169,27 @@ def test_a_downloaded_data_set_has_splits(folder):
         read_pairs(folder / "data" / "test-00000-of-00001.parquet", split="train")
 
 
+@pytest.mark.parametrize(
+    ("names", "mixed"),
+    [
+        (("train_prefs-00000-of-00001", "test_prefs-00000-of-00001"), "test_prefs, train_prefs"),
+        (("train-0", "testmini-0"), "testmini, train"),
+        (("train2017", "val2017"), "train2017, val2017"),
+        (("train", "held_out"), "held_out, train"),
+        (("train_a-0", "train_b-0"), None),
+        (("device-0", "valuable-0", "testimony-0"), None),
+    ],
+)
+def test_kinds_of_splits_are_not_mixed(names, mixed, folder):
+    for name in names:
+        pq.write_table(pa.Table.from_pylist(_rows(1)), f"{name}.parquet")
+    if mixed is None:
+        assert len(read_pairs(folder)) == len(names)
+        return
+    with pytest.raises(ValueError, match=f"files of the splits {mixed}. Add --split"):
+        read_pairs(folder)
+
+
 def test_a_saved_data_set_has_splits(folder):
     rows = datasets.Dataset.from_list(_rows(3))
     datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk("saved")

@@ -1,8 +1,10 @@
 """`python -m realign.evaluate pope|chair|hallusionbench|compare` on generated images."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from realign.digits.scenes import make_scenes
 from realign.evaluate import __main__ as evaluate
 from realign.evaluate import answering, tables
 from realign.evaluate.benchmarks import read_answered
+from realign.export import evaluation_of
 from realign.pairs.engines import Chat, Engine, Reply
 
 QUESTIONS = 12
@@ -135,6 +138,7 @@ def test_pope_from_its_files_to_a_comparison(questions, tmp_path, capsys):
         for rule in ("pope", "exact", "word"):
             assert any(line.split()[:3] == [file, rule, "12"] for line in table.splitlines())
     scores = json.loads((tmp_path / "a" / "pope.json").read_text())["scores"]
+    assert "unanswered" not in scores
     rows = [tuple(line[:3]) for table in tables.tables_of(scores) for line in table.rows]
     files = [(f, r, "12") for f in ("random", "popular") for r in ("pope", "exact", "word")]
     assert rows == files
@@ -280,6 +284,37 @@ def test_hallusionbench_from_its_file(questions, tmp_path, capsys):
     answers = answering.read_answers(tmp_path / "out" / "hallusionbench.jsonl")
     right = [line["answer"] == "no" for line in answers]
     assert rows["exact"]["all questions"] == pytest.approx(sum(right) / QUESTIONS)
+
+
+def test_questions_without_an_answer_are_counted(questions, tmp_path, capsys):
+    """A special token in a text is an error of that question, whose answer is empty."""
+    file = _pope_files(tmp_path, questions)[0]
+    text = Path(file).read_text()
+    Path(file).write_text(text.replace("is digit 1 a", "is </s> a"))
+    flags = ["--model", str(ASSETS), "--image-folder", str(tmp_path / "images"), "--quiet"]
+    for name in ("a", "b"):
+        assert evaluate.main(["pope", file, *flags, "--output", str(tmp_path / name)]) == 0
+        assert f"1 of {QUESTIONS} questions have no answer" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a" / "pope.json").read_text())["scores"]["unanswered"] == 1
+    assert "1 questions have no answer" in evaluation_of(tmp_path / "a" / "pope.json")
+    assert evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    printed = capsys.readouterr().out
+    for name in ("a", "b"):
+        assert f"{name} has no answer to 1 of {QUESTIONS} questions of random." in printed
+
+
+def test_scores_do_not_replace_the_questions(questions, tmp_path, capsys):
+    file = _pope_files(tmp_path, questions)[0]
+    (tmp_path / "data").mkdir()
+    questions = shutil.copy(file, tmp_path / "data" / "pope.json")
+    before = questions.read_bytes()
+    flags = ["--model", str(ASSETS), "--image-folder", str(tmp_path / "images"), "--quiet"]
+    for output in (tmp_path / "data", tmp_path / "out"):
+        code = evaluate.main(["pope", str(questions), *flags, "--output", str(output)])
+        assert code == (output.name == "data")
+    assert "pope.json holds no scores, so it would be overwritten" in capsys.readouterr().err
+    assert questions.read_bytes() == before
+    assert evaluate.main(["pope", str(questions), *flags, "--output", str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize(

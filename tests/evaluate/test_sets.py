@@ -495,6 +495,11 @@ def test_pairs_and_rotations_are_not_cut(tmp_path):
     rows = [row | {"index": i + 1_000_000 * turn} for turn in range(2) for i in range(1, 5)]
     questions = _only(sets.mmbench(_source(tmp_path, _tsv(tmp_path / "d.tsv", rows), limit=3)))
     assert [q.id for q in questions] == ["1", "2", "1000001", "1000002"]
+    fields = {"category": "VD", "subcategory": "s", "question": "?", "gt_answer": "0"}
+    rows = [fields | {"set_id": i // 4, "figure_id": i % 2, "question_id": i} for i in range(12)]
+    (tmp_path / "hb.json").write_text(json.dumps(rows))
+    questions = _only(sets.hallusion(_source(tmp_path, tmp_path / "hb.json", limit=5)))
+    assert [q.facts["set_id"] for q in questions] == [0] * 4 + [1] * 4
 
 
 def test_several_files_are_one_benchmark(tmp_path):

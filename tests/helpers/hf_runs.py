@@ -111,7 +111,10 @@ def launched_rank(folder: str, data: str, way: str) -> None:
 
 
 def resumed_rank(folder: str, data: str) -> None:
-    """One of two ranks that shard, train with a checkpoint after step 1, and resume from it."""
+    """One of two ranks that shard, train with a checkpoint after step 1, and resume from it.
+
+    Another setting of the adapter, and sharded checkpoints, are errors.
+    """
     shard_on_cpu()
     rows = datasets.load_dataset("parquet", data_files=data, split="train", cache_dir=folder)
     layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -128,6 +131,13 @@ def resumed_rank(folder: str, data: str) -> None:
         weights.append([p.full_tensor() for p in trainer.model.parameters() if p.requires_grad])
     assert len(curves[0][0]) == 3 and curves[0] == curves[1]
     assert weights[0] and all(map(torch.equal, *weights))
+    other = LoraConfig(**LORA | {"lora_alpha": 32})
+    trainer = InOrder(str(ASSETS), config(Path(folder), **settings), rows, peft_config=other)
+    with pytest.raises(ValueError, match="lora_alpha is 32, was 16"):
+        trainer.train(resume_from_checkpoint=resume)
+    settings["fsdp_config"] = wrap | {"state_dict_type": "SHARDED_STATE_DICT"}
+    with pytest.raises(ValueError, match="type is SHARDED_STATE_DICT, so the trained model would"):
+        RDPOTrainer(str(ASSETS), config(Path(folder), **settings), rows, peft_config=other)
     trainer.accelerator.end_training()
     os._exit(0)
 

@@ -243,6 +243,16 @@ def test_a_path_has_a_split_an_image_folder_and_a_count_of_skipped(pairs_file, t
     trainer = RDPOTrainer(str(ASSETS), train, str(tmp_path / "data"))
     assert [example.name for example in trainer.examples] == [r.name for r in given[:3]]
     assert "skipped 1 of 4 records, which have no image" in capsys.readouterr().out
+    data = str(tmp_path / "data")
+    for split, name, shared in (("test", given[3].name, 0), (None, given[0].name, 3)):
+        both = config(
+            tmp_path, split="train", eval_split=split, image_folder=settings["image_folder"]
+        )
+        trainer = RDPOTrainer(str(ASSETS), both, data, eval_dataset=data)
+        assert trainer.examples[trainer.eval_dataset[0]].name == name
+        out = capsys.readouterr().out  # also with disable_tqdm
+        assert "skipped 1 of 4 records, which have no image" in out
+        assert (f"{shared} of 3 records of eval_dataset share images" in out) == (shared > 0)
     with pytest.raises(ValueError, match="splits test, train. Add --split, or load one"):
         RDPOTrainer(str(ASSETS), config(tmp_path, **settings), str(tmp_path / "data"))
     with pytest.raises(ValueError, match="image_workers is -1; it must be 0 or more"):

@@ -123,3 +123,18 @@ def test_a_step_waits_once_outside_its_forwards(pairs_file, tmp_path):
         trainer.train()
     assert waits["realign/hf/parts.py"] == 4
     assert waits["transformers/trainer.py"] <= 1  # the loss of the whole run
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(clip, pairs_file, tmp_path):
+    records = read_pairs(pairs_file)[:4]
+    settings = config(tmp_path, max_steps=2, per_device_train_batch_size=2, max_grad_norm=clip)
+    trainer = RDPOTrainer(str(ASSETS), settings, records, peft_config=LoraConfig(**LORA))
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    before = [weight.detach().clone() for weight in weights]
+    weights[0].register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(
+        ValueError, match="gradient norm is (nan|inf), though the losses are finite"
+    ):
+        trainer.train()
+    assert all(map(torch.equal, weights, before))

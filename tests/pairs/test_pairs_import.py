@@ -1,6 +1,7 @@
 """Import: records of every format."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -236,5 +237,12 @@ def test_the_command(tmp_path, image_folder, capsys):
     assert main([data, *folder, "--output", str(elsewhere)]) == 0
     flag, named = capsys.readouterr().out.split()[-2:]
     assert flag == "--image-folder" and len(read_pairs(elsewhere, named)) == 1
+    before = elsewhere.read_bytes()
+    shutil.copy(elsewhere, tmp_path / "out" / "more.parquet")
+    for source in (elsewhere, tmp_path / "out"):
+        assert main([str(source), *folder, "--output", str(elsewhere)]) == 1
+        assert elsewhere.read_bytes() == before
+    err = capsys.readouterr().err
+    assert "is the data that is read" in err and "is in the folder of the data" in err
     assert main([str(tmp_path / "none.json")]) == 1
     assert capsys.readouterr().err.startswith("error: there is nothing at ")

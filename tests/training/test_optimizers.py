@@ -170,6 +170,7 @@ def test_schedules_are_those_of_transformers(name, theirs, more):
         truth.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
+    assert total_steps(400, optim) * optim.batch_size >= 400 * optim.epochs
     total = total_steps(400, optim)
     found = [learning_rate(at, total, optim) for at in range(steps)]
     assert found[warm:] == pytest.approx(truth[warm:], abs=1e-12)

@@ -146,6 +146,26 @@ def test_one_rank_then_two_then_one(pairs_file, tmp_path, monkeypatch):
     assert max(float((ours[k] - theirs[k]).abs().max()) for k in theirs) < 3e-4
 
 
+def test_a_folder_model_of_the_user_is_never_replaced(pairs_file, tmp_path):
+    """The run writes OUTPUT/model. A link there may lead to a model of the user."""
+    base = shutil.copytree(ASSETS, tmp_path / "base")
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    for name, link in (("copied", False), ("linked", True)):
+        output = tmp_path / name
+        output.mkdir()
+        if link:
+            (output / "model").symlink_to(base)
+        else:
+            shutil.copytree(base, output / "model")
+        for more in ((), ("--resume",)):
+            with pytest.raises(ValueError, match=r"run replaces the folder .*model, and .* is in"):
+                run(pairs_file, output, "--model", output / "model", *more)
+        with pytest.raises(ValueError, match="model holds files, and the run would replace them"):
+            run(pairs_file, output)
+        found = {file.name: file.read_bytes() for file in (output / "model").iterdir()}
+        assert found == before
+
+
 def test_an_earlier_run_is_never_overwritten(pairs_file, dropout, plain, tmp_path):
     before = (plain / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"holds a run with a checkpoint at step 6\. Add --r"):

@@ -59,7 +59,7 @@ class VisualMargin(PairFilter):
     def settings(self) -> dict[str, Any]:
         """The reference model."""
         config = self.config
-        return {"margin": [config.base, files_digest(config.base), config.dtype]}
+        return {"margin": [config.base, files_digest(config.base), config.computed]}
 
     def open(self) -> None:
         """Loads the reference model."""

@@ -27,7 +27,7 @@ from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.data.messages import texts_of
 from realign.data.records import Record, has_parts, write_pairs
 from realign.data.sources import Source, open_source
-from realign.files import check_file
+from realign.files import check_apart, check_file
 from realign.pairs.io.images import ImagePaths, plain_image
 from realign.pairs.io.rows import FilteredRecord, InvalidRecord
 from realign.pairs.io.shards import LEFT_OUT, write_table
@@ -90,7 +90,8 @@ def import_pairs(
         "pairs" -> number of pairs written, and reason -> number of invalid records.
 
     Raises:
-        ValueError: when no pair is left, or when `read_any` raises it.
+        ValueError: when no pair is left, the output is `data` or in its folder, or `read_any`
+            raises it.
     """
     return _import_pairs(data, images, output, format, split)[0]
 
@@ -101,6 +102,7 @@ def _import_pairs(
     """The numbers of `import_pairs`, and the note of `ImagePaths`."""
     rejected = Path(output).with_suffix(".work") / "rejected_records.parquet"
     check_file("--output", output, device=False)
+    check_apart("--output", output, data)
     check_file("--output", rejected)
     invalid: list[InvalidRecord] = []
     cached_plain = functools.cache(_plain)

@@ -78,7 +78,8 @@ def exponentials(z, shift, label, columns, vocabulary, inverse_temperature):
     return tl.where(left_out, 0.0, tl.exp2(exponent))
 
 
-@triton.jit
+# As `rows` of `loss_kernel`.
+@triton.jit(do_not_specialize=["count"])
 def exp_kernel(
     hidden,  # (N, H) descriptor with BLOCK_ROWS x BLOCK_DEPTH boxes.
     weight,  # (V, H) descriptor with BLOCK_COLUMNS x BLOCK_DEPTH boxes.
@@ -136,7 +137,8 @@ def exp_kernel(
         tl.store(rounded_out + slot, rounded_total, rows < count)
 
 
-@triton.jit
+# As `rows` of `loss_kernel`.
+@triton.jit(do_not_specialize=["count"])
 def score_kernel(
     sums,  # (tiles of columns, N) fp32
     rounded_sums,  # (tiles of columns, N) fp32

@@ -25,7 +25,8 @@ from realign_kernels.backends.triton.logits import (
 )
 
 
-@triton.jit
+# As `rows` of `loss_kernel`.
+@triton.jit(do_not_specialize=["count"])
 def head_kernel(
     hidden,  # (N, H) pointer, or descriptor with BLOCK_ROWS x BLOCK_DEPTH boxes.
     weight,  # (V, H) pointer, or descriptor with BLOCK_COLUMNS x BLOCK_DEPTH boxes.

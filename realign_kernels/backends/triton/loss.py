@@ -194,7 +194,8 @@ def score(sums, base, counts, beta, RATIO: tl.constexpr, MEAN: tl.constexpr):
     return scale * sums, scale
 
 
-@triton.jit
+# Numbers of rows differ from step to step, and divisible ones would compile another kernel.
+@triton.jit(do_not_specialize=["rows"])
 def loss_kernel(
     logps,  # (N,) fp32
     ids,  # (N,) int64

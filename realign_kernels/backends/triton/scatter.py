@@ -14,7 +14,8 @@ BLOCK = 1024
 """Columns per program: each thread of 4 warps loads 16 bytes of fp32 twice."""
 
 
-@triton.jit
+# As `rows` of `loss_kernel`.
+@triton.jit(do_not_specialize=["count"])
 def add_rows_kernel(
     total,  # (V, H)
     index,  # (r,) int64, sorted; -1 for no target
