@@ -195,6 +195,9 @@ def check_leaf_logps(
     check_device(leaf_logps, reference_logps=reference_logps, token_counts=token_counts)
     if token_counts is not None:
         check_integer("token_counts", token_counts)
+        on_host = token_counts.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and (token_counts < 1).any():
+            raise ValueError("token_counts must be at least 1. Leave out sequences without tokens.")
         if token_counts.shape != leaf_logps.shape:
             raise ValueError(
                 f"token_counts {tuple(token_counts.shape)} must have the shape of leaf_logps "

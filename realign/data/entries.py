@@ -205,6 +205,9 @@ def _with_trls_keys(row: Mapping[str, Any]) -> dict[str, Any]:
     row = {key: value for key, value in row.items() if not is_empty(value)}
     if isinstance(text := row.get("text"), str) and not {"chosen", "prompt"} & row.keys():
         row |= _nested(text)  # RLHF-V: question, chosen and rejected
+    for one, other in (("prompt", "question"), ("rejected", "rejected_response")):
+        if one in row and other in row and row[one] != row[other]:
+            raise Malformed(f"it has {one} and {other}.", "Keep one of them.")
     if not is_empty(question := row.get("question")) and "prompt" not in row:
         row["prompt"] = question if isinstance(question, str) else messages_of(question, "question")
     dialogues = [key for key in DIALOGUES if key in row]

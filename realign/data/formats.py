@@ -9,33 +9,23 @@ distinctive keys. The function raises `Malformed` for an invalid item, and reads
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import combinations
 from typing import Any
 
-from realign.data.columns import COLUMNS, is_empty, may_change, names_media
+from realign.data.columns import COLUMNS, UNREAD, is_empty, may_change, names_media
 from realign.data.entries import Entry, check_unread, entry_of, images_of, messages_of, name_of
-from realign.data.errors import Malformed, Skipped, short_repr, shorten
+from realign.data.errors import Malformed, Skipped, short_repr
 from realign.data.images import StoredImage
 from realign.data.messages import TAGS
+from realign.data.values import decoded, text_of, unrendered
 
 CAPTION_PROMPT = "Describe the image in one sentence."
 _PREFERENCES = ("chosen", "rejected", "rejected_response")
 _PREFERENCES += ("rejected_conversations", "rejected_messages")
-_VICUNA = re.compile(
-    r"(?:<s>\s*)?(?P<system>.*?)\s*\bUSER:(?P<question>.*)ASSISTANT:\s*", re.DOTALL
-)
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions."
-)
-"""System message of LLaVA's template. A prompt that was rendered with it repeats the template."""
 
 
 def of_llava(item: Mapping[str, Any], every: bool = False) -> list[Entry]:
@@ -192,7 +182,7 @@ def of_llava_rlhf(item: Mapping[str, Any]) -> list[Entry]:
         raise Malformed(
             f"its preference is {short_repr(preference)}, not 1 or 2.", "Give the better output."
         )
-    outputs = [_text_of(item.get(name), name) for name in ("output_1", "output_2")]
+    outputs = [text_of(item.get(name), name) for name in ("output_1", "output_2")]
     return [_pair(item, prompt, outputs[preference - 1], outputs[2 - preference])]
 
 
@@ -203,7 +193,7 @@ def of_mdpo(item: Mapping[str, Any]) -> list[Entry]:
         Malformed: for a rendered prompt of several turns.
     """
     prompt = item.get("prompt")
-    return [_pair(item, _unrendered(prompt), item.get("chosen"), item.get("rejected"))]
+    return [_pair(item, unrendered(prompt), item.get("chosen"), item.get("rejected"))]
 
 
 def of_sentinel(item: Mapping[str, Any]) -> list[Entry]:
@@ -238,8 +228,8 @@ def of_opa(item: Mapping[str, Any]) -> list[Entry]:
     """
     images = images_of(item, "images", "image", "image_id")
     if not is_empty(encoded := item.get("image_bytes")):
-        images = [*images, StoredImage(_decoded(encoded))]
-    name, prompt = name_of(item), _unrendered(item.get("queries"))
+        images = [*images, StoredImage(decoded(encoded))]
+    name, prompt = name_of(item), unrendered(item.get("queries"))
     rejected = item.get("original_generate_response")
     columns = ("AI_pseudo_response", "standard_response")
     better = [column for column in columns if not is_empty(item.get(column))]
@@ -319,6 +309,8 @@ class Format:
         also: further keys that it reads or that its data set has.
         pairs: whether its records have a rejected response.
         reads: the columns of `UNREAD` that it reads.
+        columns: the columns of `COLUMNS` that it reads besides its keys. None for those of
+            `entry_of`.
     """
 
     read: Callable[[Mapping[str, Any]], list[Entry]]
@@ -326,6 +318,7 @@ class Format:
     also: str = ""
     pairs: bool = True
     reads: tuple[str, ...] = ()
+    columns: tuple[str, ...] | None = None
 
     @property
     def needs(self) -> list[frozenset[str]]:
@@ -334,25 +327,39 @@ class Format:
 
 
 _IMAGE = "image|images"
+_OF_PAIR = ("id", "images", "image", "image_path", "img_path")
+_OF_PAIR += ("retrieved_images", "retrieved_image", "retrieved_chosen")
+"""Columns that `_pair` reads."""
+_OF_ALPACA = (*_OF_PAIR, "system", "instruction", "query", "output", "response", "chosen")
+_OF_ALPACA += ("rejected", "rejected_response")
+_OF_LLAVA = ("id", "images", "image", *_PREFERENCES, "system")  # of_llava refuses the last ones
+_NOT_OF_ENTRY = ("instruction", "query", "response", "output")
+"""The columns of `COLUMNS` that `entry_of` does not read."""
 _ANY_REJECTED = "rejected|rejected_response|rejected_conversations|rejected_messages"
 _ANY_PAIR = f"chosen|{_ANY_REJECTED}"
 FORMATS: dict[str, Format] = {
-    "llava": Format(of_llava, ("conversations",), "width height", pairs=False),
-    "llava:all": Format(partial(of_llava, every=True), ("conversations",), pairs=False),
+    "llava": Format(of_llava, ("conversations",), "width height", pairs=False, columns=_OF_LLAVA),
+    "llava:all": Format(
+        partial(of_llava, every=True), ("conversations",), pairs=False, columns=_OF_LLAVA
+    ),
     "realign": Format(of_realign, ("retrieved_image", _ANY_PAIR)),
     "folder": Format(of_folder, (_IMAGE + "|image_path|img_path",), "answer", pairs=False),
-    "completions": Format(of_completions, ("completions", "prompt"), "models"),
+    "completions": Format(of_completions, ("completions", "prompt"), "models", columns=_OF_PAIR),
     "completions:all": Format(
-        partial(of_completions, every=True), ("completions", "prompt"), "models"
+        partial(of_completions, every=True), ("completions", "prompt"), "models", columns=_OF_PAIR
     ),
     "llava-rlhf": Format(
-        of_llava_rlhf, ("conversations", "output_1", "output_2"), "preference hallucination"
+        of_llava_rlhf,
+        ("conversations", "output_1", "output_2"),
+        "preference hallucination",
+        columns=_OF_PAIR,
     ),
-    "sentinel": Format(of_sentinel, ("question", "y_win|y_lose"), "context"),
+    "sentinel": Format(of_sentinel, ("question", "y_win|y_lose"), "context", columns=_OF_PAIR),
     "opa-dpo": Format(
         of_opa,
         ("queries", "original_generate_response"),
         "AI_pseudo_response standard_response AI_json_report image_bytes image_id",
+        columns=("id", "images", "image"),
     ),
     "ms-swift": Format(
         of_swift,
@@ -364,6 +371,7 @@ FORMATS: dict[str, Format] = {
         ("instruction|query", "chosen|rejected|rejected_response"),
         "input",
         reads=("history",),
+        columns=_OF_ALPACA,
     ),
     "alpaca:answers": Format(
         of_alpaca,
@@ -371,8 +379,9 @@ FORMATS: dict[str, Format] = {
         "input",
         pairs=False,
         reads=("history",),
+        columns=_OF_ALPACA,
     ),
-    "mdpo": Format(of_mdpo, ("img_path", "prompt", "chosen", "rejected")),
+    "mdpo": Format(of_mdpo, ("img_path", "prompt", "chosen", "rejected"), columns=_OF_PAIR),
     "povid": Format(of_row, ("conversations", "rejected_conversations")),
     "llama-factory": Format(of_row, ("conversations|messages", "chosen", "rejected")),
     "rlaif-v": Format(of_row, ("question", "chosen", "rejected"), "ds_name"),
@@ -442,8 +451,12 @@ def entries_of(
             f"its keys {short_repr(unknown)} are unknown, and their names may change its meaning.",
             f"Rename or remove them. {nearest(item)}",
         )
-    check_unread(item, FORMATS[name].reads)
-    entries = FORMATS[name].read(item)
+    form = FORMATS[name]
+    check_unread(item, form.reads)
+    _check_read(item, name, form)
+    entries = form.read(item)
+    if entries and all(entry.chosen and entry.chosen == entry.rejected for entry in entries):
+        raise Skipped("its responses are the same.", reason="tie")
     if name.partition(":")[0] != "coco" and not all(entry.images for entry in entries):
         _check_no_image_lost(item, entries[0])
         if not text_only:
@@ -451,6 +464,19 @@ def entries_of(
                 "it has no image.", "Add one to `images` or remove the record.", "no image"
             )
     return entries
+
+
+def _check_read(item: Mapping[str, Any], name: str, form: Format) -> None:
+    """Raises `Malformed` for a column of preference data that the format does not read."""
+    if form.columns is None:
+        unread = {*_NOT_OF_ENTRY}.difference(*form.needs)
+    else:
+        unread = COLUMNS.difference(UNREAD, form.columns, *form.needs)
+    if lost := sorted(key for key in unread & item.keys() if not is_empty(item[key])):
+        raise Malformed(
+            f"its {' and '.join(lost)} would be lost, since format {name} does not read them.",
+            "Remove or rename them, or write the record with other columns (docs/data.md).",
+        )
 
 
 def nearest(keys: Iterable[str]) -> str:
@@ -507,9 +533,7 @@ def _answered(row: Mapping[str, Any], answer: Any) -> Entry:
 
 def _pair(item: Mapping[str, Any], prompt: Any, chosen: Any, rejected: Any) -> Entry:
     """An entry of other columns, with the id and the images of the item."""
-    row = {
-        key: item[key] for key in ("id", "images", "image", "image_path", "img_path") if key in item
-    }
+    row = {key: item[key] for key in _OF_PAIR if key in item}
     return entry_of({**row, "prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
@@ -529,36 +553,6 @@ def _numbered(entries: list[Entry]) -> list[Entry]:
 
 def _first(pair: tuple[float, Any]) -> float:
     return pair[0]
-
-
-def _text_of(value: Any, name: str) -> Any:
-    """The text of an output, which may be a message of any role."""
-    if isinstance(value, Mapping):
-        value = value.get("value") if value.get("value") is not None else value.get("content")
-    if not isinstance(value, str):
-        raise Malformed(f"its {name} is {short_repr(value)}, not text.", "Give text.")
-    return value
-
-
-def _unrendered(prompt: Any) -> Any:
-    """The question of a prompt that was rendered with Vicuna's template, or the prompt itself."""
-    if not isinstance(prompt, str) or not (found := _VICUNA.fullmatch(prompt)):
-        return prompt
-    question, system = found["question"].strip(), " ".join(found["system"].split())
-    if "ASSISTANT:" in question or "USER:" in question:
-        raise Malformed("its prompt holds several rendered turns.", "Give the prompt as messages.")
-    if system in ("", _VICUNA_SYSTEM):
-        return question
-    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
-
-
-def _decoded(encoded: Any) -> bytes:
-    try:
-        return encoded if isinstance(encoded, bytes) else base64.b64decode(encoded, validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise Malformed(
-            f"its image_bytes are not base64 ({shorten(str(error))}).", "Give the bytes of a file."
-        ) from None
 
 
 def _listed(value: Any) -> list[Any]:

@@ -38,6 +38,9 @@ _FIELDS = {  # field -> key that `entries_of` reads
     "chosen": "chosen",
     "rejected": "rejected",
 }
+_TEXTS = {"instruction", "input", "output", "history", "system"}
+_TEXTS |= {"prompt", "query", "response", "question", "text", "conversations", "messages"}
+"""Columns with texts, which a list of columns leaves out unless it names them."""
 _ROLES = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}
 _READ = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
 
@@ -166,9 +169,11 @@ def renamed(item: Any, description: Mapping[str, Any]) -> Any:
     if not isinstance(item, Mapping):
         return item
     formatting = description.get("formatting", "alpaca")
-    columns = _DEFAULTS.get(formatting, {}) | description.get("columns", {})
+    # As in LLaMA-Factory: a list of columns replaces the defaults, and others are not read.
+    columns = description.get("columns") or _DEFAULTS.get(formatting, {})
     used = {column for field, column in columns.items() if field in _FIELDS}
-    row = {key: value for key, value in item.items() if key not in used}
+    others = _TEXTS if description.get("columns") else set()
+    row = {key: value for key, value in item.items() if key not in used | others}
     for name, column in columns.items():
         if name in _FIELDS and not is_empty(value := item.get(column)):
             key = _FIELDS[name]

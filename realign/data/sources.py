@@ -42,10 +42,15 @@ _MOST_JSON = 2 << 30
 """Limit on a JSON file, in bytes: twice LLaVA's llava_v1_5_mix665k.json. JSON lines have none."""
 _TABLES = (".parquet", ".arrow")
 _DATA = (*_TABLES, ".json", ".jsonl", ".csv", ".tsv")
-_SPLIT = re.compile(
-    r"(trainval|train|test|validation|valid|val|dev|eval|held_?out|hold_?out)(?:mini)?(?![A-Za-z])"
-)
-"""The kind of a split at the start of its name, such as test in test_prefs or testmini."""
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "testmini", "testdev", "testa", "testb"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "minival"),
+    "held out": ("heldout", "holdout"),
+    "trainval": ("trainval",),
+}
+_KINDS = {word: kind for kind, words in _SPLITS.items() for word in words}
+"""First or last word of a split's name -> its kind. Records of two kinds are not mixed silently."""
 _WHOLE = ("completions", "completions:all", "llava-rlhf", "sentinel", "opa-dpo")
 """Formats with columns that are not those of TRL."""
 Items = Iterator[tuple[str, Any]]
@@ -202,13 +207,14 @@ def _is_parquet(path: Path) -> bool:
 def _of_split(path: Path, tables: list[Path], split: str | None) -> list[Path]:
     """The Parquet files of a split. Their names, or their folder's, begin with its name."""
 
-    def splits_of(file: Path) -> set[str]:
+    def names_of(file: Path) -> tuple[str, str]:
         begin = re.match(r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*?(?=[-.]|_\d)", file.name)
-        return {begin[0] if begin else "", file.parent.name if file.parent != path else ""}
+        return file.parent.name if file.parent != path else "", begin[0] if begin else ""
 
     if split is None:
-        names = {name for file in tables for name in splits_of(file) if _SPLIT.match(name)}
-        if len({match[1] for name in names if (match := _SPLIT.match(name))}) > 1:
+        found = {next(filter(_kind, names_of(file)), "") for file in tables}
+        names = [name for name in found if name]
+        if len(set(map(_kind, names))) > 1:
             raise ValueError(
                 f"{path} holds files of the splits {', '.join(sorted(names))}. Add --split, or "
                 "load one with `datasets`."
@@ -216,7 +222,7 @@ def _of_split(path: Path, tables: list[Path], split: str | None) -> list[Path]:
         return tables
     chosen = []
     for name in split.split("+"):
-        files = [file for file in tables if name in splits_of(file)]
+        files = [file for file in tables if name in names_of(file)]
         if not files:
             raise ValueError(
                 f"{path} has no Parquet file of the split {short_repr(name)}. It has "
@@ -224,6 +230,13 @@ def _of_split(path: Path, tables: list[Path], split: str | None) -> list[Path]:
             )
         chosen += files
     return chosen
+
+
+def _kind(name: str) -> str | None:
+    """The kind of a split by its name, such as test for test_prefs, testmini or val2017."""
+    words = re.sub(r"(held|hold)_out", r"\1out", name.lower()).split("_")
+    ends = (words[0].rstrip("0123456789"), words[-1].rstrip("0123456789"))
+    return next((_KINDS[word] for word in ends if word in _KINDS), None)
 
 
 def _saved(folder: Path, split: str | None) -> list[Path]:

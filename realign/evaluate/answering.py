@@ -22,7 +22,6 @@ from realign.data.errors import short_repr, shorten
 from realign.data.images import DataFolder, ImageError, StoredImage
 from realign.evaluate.files import read_text
 from realign.files import check_file, write_whole
-from realign.modeling.merging import adapter_base
 from realign.pairs.engines import Chat, Engine
 from realign.pairs.io.images import load_image
 from realign.pairs.io.rows import files_digest
@@ -113,8 +112,6 @@ def prepare(
         )
     check_file("--output", output)
     mark = files_digest(model)
-    if mark and (base := adapter_base(model)) and (of_base := files_digest(base)):
-        mark += of_base
     asked = {"model": model, "mark": mark, "max_tokens": max_tokens, "suffix": suffix}
     asked |= {name: value for name, value in (settings or {}).items() if value is not None}
     sheet = Sheet(questions, DataFolder(images), output, asked, _read(output, asked), benchmark)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel
 
+from realign.checks import no_effect
 from realign.hf.adapters import base_state, split
 from realign.hf.config import RDPOConfig
 from realign.modeling.loading import load_processor
@@ -114,6 +115,19 @@ def check_full_model(vlm: PreTrainedModel) -> None:
             f"({textwrap.shorten(str(error), 250, placeholder=' ...')}). Set do_sample=True in it, "
             "or leave out the sampling settings."
         ) from error
+
+
+def check_splits(args: RDPOConfig, training: Any, evaluation: Iterable[Any]) -> None:
+    """Check that `split` and `eval_split` have an effect. Rows have no splits.
+
+    Raises:
+        ValueError: when one has none.
+    """
+    named = [isinstance(rows, str | Path) for rows in evaluation]
+    if args.eval_split and not any(named):
+        no_effect("eval_split", "no eval_dataset is a path or a name", "give one")
+    if args.split and not (isinstance(training, str | Path) or any(named)):
+        no_effect("split", "no data set is a path or a name", "give one")
 
 
 def check_sharding(accelerator: Accelerator) -> None:

@@ -118,8 +118,10 @@ def check_finite(
             )
     if norm is not None and not math.isfinite(values[-1]):
         raise ValueError(
-            f"the gradient norm is {values[-1]}, though the losses are finite. The weights were "
-            "not updated. Lower the learning rate. Checkpoints are kept."
+            f"the gradient norm is {values[-1]}, though the losses of process "
+            f"{os.environ.get('RANK', 0)} are finite. The weights were not updated. Look for "
+            "records in the messages of other processes, or lower the learning rate. Checkpoints "
+            "are kept."
         )
 
 

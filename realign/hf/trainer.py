@@ -127,8 +127,11 @@ class RDPOTrainer(Trainer):
         several = isinstance(eval_dataset, dict)
         sets: Any = eval_dataset if several else {"": eval_dataset}
         sets = {} if eval_dataset is None else sets
+        checks.check_splits(args, train_dataset, sets.values())
         for rows in sets.values():
-            tables.append(table := as_table(rows, split=args.eval_split or args.split))
+            of_file = isinstance(rows, str | Path) and Path(rows).is_file()
+            split = args.eval_split or (None if of_file else args.split)
+            tables.append(table := as_table(rows, split=split))
             parts.check_objective(self.objective, make_objective(args.loss, table))
         encode = partial(
             parts.encode_tables,
@@ -224,16 +227,16 @@ class RDPOTrainer(Trainer):
 
         Raises:
             ValueError: for data other than the trainer's own `eval_dataset` or one of its sets, and
-                with FSDP2 before `train`.
+                with FSDP before `train`.
         """
         if not isinstance(eval_dataset, str | range | None):
             raise ValueError(
                 "evaluation records must be passed to the trainer (eval_dataset=, or a dict of "
                 "several sets), since their references are computed before the first step."
             )
-        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+        if self.is_fsdp_enabled and not self.accelerator._models:
             raise ValueError(
-                "evaluate() before train() is not supported with FSDP2, since accelerate shards a "
+                "evaluate() before train() is not supported with FSDP, since accelerate shards a "
                 "model together with its optimizer. Set eval_on_start=True in RDPOConfig."
             )
         self._fill_references()
@@ -381,18 +384,10 @@ class RDPOTrainer(Trainer):
                 self._step_rewards.append(output.rewards[list(leaves)].double())
         return (loss, {"logps": output.logps}) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer.training_step`, with an update of the running mean after the last."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and self._step_rewards:
-            rewards = torch.cat(self._step_rewards, dim=1).mean(0)
-            rows = self._gathered(torch.stack([torch.ones_like(rewards), rewards], dim=1))
-            self._shift.add(float(rows[:, 1].mean()), len(rows))
-            self._step_rewards = []
-        return loss
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As in `Trainer`, which calls it before each update, with one check of a step's numbers.
+
+        The running mean of rewards is updated as well.
 
         Raises:
             ValueError: if the gradient norm or the loss of a micro-batch is not finite.
@@ -400,6 +395,11 @@ class RDPOTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         losses, self._losses = self._losses, []
         parts.check_finite(losses, norm)
+        if self._step_rewards:
+            rewards = torch.cat(self._step_rewards, dim=1).mean(0)
+            rows = self._gathered(torch.stack([torch.ones_like(rewards), rewards], dim=1))
+            self._shift.add(float(rows[:, 1].mean()), len(rows))
+            self._step_rewards = []
         return norm
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

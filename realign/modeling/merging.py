@@ -8,6 +8,7 @@ its own weight. PEFT would add both changes to the weight that they share.
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 import warnings
 from collections import defaultdict
@@ -250,13 +251,15 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Cast the weights in place, as `from_pretrained` with a dtype does.
 
     Buffers outside the state dict, such as rotary frequencies, keep fp32. `Module.to` would round
-    them.
+    them. So do weights that the model's class keeps in fp32, such as biases of a router.
     """
     saved = model.state_dict(keep_vars=True).keys()
+    plan = {re.compile(k.replace("*", ".*")): v for k, v in model._get_dtype_plan(dtype).items()}
     named = chain(model.named_parameters(), model.named_buffers())
     for name, tensor in named:
         if name in saved and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+            kept = next((kept for pattern, kept in plan.items() if pattern.search(name)), dtype)
+            tensor.data = tensor.data.to(kept)
     return model
 
 

@@ -32,7 +32,7 @@ from realign.training import fsdp, held_out, memory, optimizers
 from realign.training.checkpoint import Checkpoints
 from realign.training.export import stored_dtype
 from realign.training.reference import check_encodings, named
-from realign.training.run_dir import base_of, check_settings, steps_done
+from realign.training.run_dir import base_of, check_inputs, check_settings, steps_done
 from realign.training.schedule import batches, rank_slice, total_steps
 from realign.training.setup import add_adapters, training_inputs
 from realign.training.step import micro_batches
@@ -86,14 +86,11 @@ def with_checkpointing(config: TrainConfig, pairs: Path) -> tuple[TrainConfig, s
         return replace(config, scale=replace(config.scale, activation_checkpointing=value))
 
     if room is not None and config.scale.activation_checkpointing is None:
-        plan = None
         try:
             plan = Plan(given(False), pairs, sampled=_FEW)
             needed = sum(plan.memory_parts().values())
             reason = f"without it {_gib(needed)} of {_gib(room)} are needed, as estimated"
         except Exception as error:  # models raise errors of many types for fake tensors
-            if plan is None and isinstance(error, ValueError | OSError):
-                raise  # of the settings or records
             needed, reason = 0, f"the memory cannot be estimated ({short_error(error)})"
         on, reason = distributed.broadcast_from_rank0(lambda: (needed > room, reason))
         reason = f"{'on' if on else 'off'}: {reason}"
@@ -144,7 +141,10 @@ class Plan:
         self.layout_attention = "sdpa" if attends == "flex" else attends
         self.shards = self.ranks // config.scale.replicas
         checkpoints = Checkpoints(Path(config.run.output) / "checkpoints", config.run.keep)
-        self.done = checkpoints.last() if config.run.resume else steps_done(config, checkpoints)
+        self.done = checkpoints.last() if config.run.resume else 0
+        if not self.done:
+            steps_done(config, checkpoints)
+        check_inputs(config)
         if self.done:
             check_settings(config)
         self.local = rank_slice(config.optim.batch_size, 0, self.ranks)

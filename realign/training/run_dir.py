@@ -25,7 +25,8 @@ _FREE = {
     "load_best",
 }  # fmt: skip
 """Settings that --resume may change. They have no effect beyond rounding, are paths with a digest,
-or use the best checkpoint. The values of a recipe are compared."""
+or use the best checkpoint. The values of a recipe are compared. With --lora-dropout, the sizes of
+forwards change what is dropped, so they are compared too."""
 
 
 @contextmanager
@@ -91,25 +92,36 @@ def steps_done(config: TrainConfig, checkpoints: Checkpoints) -> int:
         CheckpointError: when it holds checkpoints and none is intact.
     """
     output = Path(config.run.output)
-    folder = output / "model"
-    for path in filter(None, (config.model.model, config.model.reference_model)):
-        if Path(path).exists() and _within(path, folder):
-            raise ValueError(
-                f"the run replaces the folder {folder}, and {path} is in it. Name another --output."
-            )
-    if config.run.resume:
-        return checkpoints.last_intact()
+    if config.run.resume and (done := checkpoints.last_intact()):
+        check_inputs(config)
+        return done
     done = checkpoints.last()
-    if done or (output / "metrics.jsonl").exists():
+    if not config.run.resume and (done or (output / "metrics.jsonl").exists()):
         raise ValueError(
             f"{output} holds a run with a checkpoint at step {done}. Add --resume to continue "
             "it, or name another --output."
         )
+    check_inputs(config)
+    folder = output / "model"
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} holds files, and the run would replace them. Name another --output."
         )
     return 0
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Check that no model that a run reads is in the folder that it replaces.
+
+    Raises:
+        ValueError: when one is, also through a symbolic link.
+    """
+    folder = Path(config.run.output) / "model"
+    for path in filter(None, (config.model.model, config.model.reference_model)):
+        if Path(path).exists() and _within(path, folder):
+            raise ValueError(
+                f"the run replaces the folder {folder}, and {path} is in it. Name another --output."
+            )
 
 
 def _within(path: str | Path, folder: Path) -> bool:
@@ -160,6 +172,9 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
     settings = config.to_dict()
     sections = {name: settings[name] for name in ("model", "data", "loss", "optim", "eval")}
     sections["run"] = {"seed": settings["run"]["seed"]}
+    if config.eval.given and not config.eval.eval_every:  # then it is the interval of evaluations
+        sections["run"]["save_every"] = settings["run"]["save_every"]
+    free = _FREE - {"micro_batch_size", "row_tokens"} if config.model.lora_dropout else _FREE
     changed = []
     for section, values in sections.items():
         # A run of an earlier version lacks newer settings, which had no other value there.
@@ -170,7 +185,7 @@ def check_settings(config: TrainConfig, **digests: str) -> None:
         changed += [
             f"{name} ({old[name]!r} -> {value!r})"
             for name, value in values.items()
-            if name not in _FREE and old[name] != value
+            if name not in free and old[name] != value
         ]
     changed += [
         f"the {name.replace('_', ' ')}"

@@ -1,5 +1,6 @@
 """`Objective`: named leaves, the terms that compare them, and beta."""
 
+import copy
 import math
 import numbers
 from collections.abc import Sequence
@@ -137,10 +138,12 @@ class Objective:
         right = shift.dim() == 0 if isinstance(shift, Tensor) else math.isfinite(shift)
         if not right:
             raise ValueError(f"shift must be a finite number or a tensor (), got {shift!r}")
-        # By fields, because Dynamo of torch 2.11 does not trace copy.copy.
-        moved = object.__new__(type(self))
-        for entry in fields(self):
-            object.__setattr__(moved, entry.name, getattr(self, entry.name))
+        if torch.compiler.is_compiling():  # Dynamo of torch 2.11 does not trace copy.copy
+            moved = object.__new__(type(self))
+            for entry in fields(self):
+                object.__setattr__(moved, entry.name, getattr(self, entry.name))
+        else:
+            moved = copy.copy(self)
         object.__setattr__(moved, "shift", shift)
         return moved
 

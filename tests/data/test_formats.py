@@ -194,6 +194,27 @@ BAD = {  # problem: (item, message)
         {"conversations": SHARE, **OUTPUTS, "preference": 1, "video": "a.mp4", **IMAGE},
         "videos are not supported",
     ),
+    "system of completions": (
+        {"prompt": ASK, "completions": RATED, "system": "Be brief.", **IMAGE},
+        "its system would be lost, since format completions does not read them",
+    ),
+    "system of mDPO": (both(prompt=ASK, img_path="a.jpg", system="x"), "its system would be lost"),
+    "prompt of Alpaca": (both(instruction="a", prompt="b", **IMAGE), "its prompt would be lost"),
+    "sides of completions": (
+        both(prompt=ASK, completions=RATED, **IMAGE),
+        "its chosen and rejected would be lost",
+    ),
+    "retrieved images of OPA-DPO": (
+        {"queries": "a", "original_generate_response": "A", "standard_response": "B"}
+        | {"retrieved_images": ["b.jpg"], **IMAGE},
+        "its retrieved_images would be lost",
+    ),
+    "two prompts": (both(prompt=ASK, question="Why?", **IMAGE), "it has prompt and question"),
+    "two rejected": (
+        both(prompt=ASK, rejected_response="C", **IMAGE),
+        "it has rejected and rejected_response",
+    ),
+    "a further response": (both(prompt=ASK, response="C", **IMAGE), "its response would be lost"),
     "tools of Alpaca": (both(instruction="a", tools="[{}]", **IMAGE), "its tools .* would be lost"),
     "video's address": (both(question=ASK, video_url="a.mp4"), "'video_url'.* unknown"),
     "completion without a response": (
@@ -352,6 +373,43 @@ def test_a_description_of_another_form_is_refused(entries, message, folder):
     (folder / "dataset_info.json").write_text(json.dumps(entries))
     with pytest.raises(ValueError, match=message):
         read_pairs(folder / "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        both(instruction=ASK, **IMAGE),
+        both(prompt=ASK, img_path="a.jpg"),
+        {"conversations": SHARE, **OUTPUTS, "preference": 1, **IMAGE},
+        {"question": ASK, "y_win": "A", "y_lose": "B", **IMAGE},
+        {"prompt": ASK, "completions": RATED, **IMAGE},
+    ],
+)
+def test_other_formats_keep_the_retrieved_images(item, folder):
+    (folder / "data.jsonl").write_text(json.dumps(item | {"retrieved_images": ["b.jpg"]}))
+    if "completions" in item:  # one rating differs
+        item["completions"][0]["annotations"] = rating("1", "1", "1")
+        (folder / "data.jsonl").write_text(json.dumps(item | {"retrieved_images": ["b.jpg"]}))
+    (record,) = read_pairs(folder / "data.jsonl")
+    assert _images(record.images) == "a" and _images(record.retrieved_images) == "b"
+
+
+def test_equal_responses_are_skipped_with_a_count(folder, capsys):
+    rows = [both(question=ASK, **IMAGE), both(question=ASK, rejected="A cat.", **IMAGE)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(read_pairs(folder / "data.jsonl")) == 1
+    assert "skipped 1 of 2 records: 1 tie" in capsys.readouterr().out
+
+
+def test_a_list_of_columns_replaces_the_defaults(folder):
+    """As in LLaMA-Factory, whose parser sets every field that is not listed to None."""
+    item = both(ask=ASK, input="unlisted", output="unlisted", **IMAGE)
+    (folder / "data.json").write_text(json.dumps([item]))
+    columns = {"prompt": "ask", "chosen": "chosen", "rejected": "rejected", "images": "image"}
+    info = {"x": {"file_name": "data.json", "ranking": True, "columns": columns}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (record,) = read_pairs(folder / "data.json")
+    assert record.prompt == ({"role": "user", "content": ASK},)
 
 
 def test_a_described_column_keeps_unknown_sides(folder):

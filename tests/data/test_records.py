@@ -38,7 +38,8 @@ def _record(name="a", **changes) -> Record:
 
 def _row(**changes) -> dict:
     answer = [{"role": "assistant", "content": "a cat ."}]
-    row = {"prompt": PROMPT, "chosen": answer, "rejected": answer, "images": [{"bytes": PNG}]}
+    other = [{"role": "assistant", "content": "a dog ."}]
+    row = {"prompt": PROMPT, "chosen": answer, "rejected": other, "images": [{"bytes": PNG}]}
     return row | changes
 
 

@@ -36,9 +36,16 @@ SWIZZLES = {0: math.inf, 1: 32, 2: 64, 3: 128}  # bytes of the innermost box, by
 INT32 = range(-(2**31), 2**31)
 
 
-def flat(value):
+UNSPECIALIZED = {
+    "loss_kernel": "rows", "head_kernel": "count", "exp_kernel": "count", "score_kernel": "count",
+    "add_rows_kernel": "count",
+}  # fmt: skip
+"""Kernel -> argument whose value 1 Triton does not compile into it (`do_not_specialize`)."""
+
+
+def flat(value, unspecialized=False):
     """(letter, value) of each kernel parameter of an argument. A constant has none."""
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or (isinstance(value, int) and value == 1 and not unspecialized):
         return  # Triton compiles both into the kernel
     if isinstance(value, list):
         for entry in value:
@@ -92,7 +99,11 @@ def problems(case):
         if value != case["expected"][name]:
             found.append(f"{name} is {value}, not {case['expected'][name]}")
     named = [name for name in case["names"] if name not in case["constants"]]
-    wanted = [(name, pair) for name in named for pair in flat(case["expected"][name])]
+    wanted = [
+        (name, pair)
+        for name in named
+        for pair in flat(case["expected"][name], name == UNSPECIALIZED.get(case["kernel"]))
+    ]
     wanted += [("scratch", ("p", 0))] * 2  # Triton's scratch arguments
     if len(wanted) != len(launch["parameters"]):
         return [*found, f"{len(launch['parameters'])} parameters, not {len(wanted)}"]
@@ -152,6 +163,38 @@ def cases(reports_80, tmp_path_factory):
 def test_launches_match_their_contracts(cases):
     found = [(case["kernel"], case["case"], problems(case)) for case in cases]
     assert not [wrong for wrong in found if wrong[2]]
+
+
+STEPS = """
+import torch
+from realign_kernels.backends.triton import compile, exp_head
+
+def both(count):
+    head = compile.Head(compile._empty(32000, 4096), None, None, 1.3)
+    logits = compile._empty(count, 32000)
+    narrow = compile._empty(count, dtype=torch.int32), compile._empty(count, dtype=torch.float32)
+    sums = exp_head.exp_rows(compile._empty(count, 4096), head, *narrow, logits)
+    exp_head.score_sums(sums, narrow[1], 1.3)
+
+calls = [both, lambda n: compile._head(n, 4096, 32000), lambda n: compile._loss("rdpo", n, 4)]
+calls.append(lambda n: compile._scatter(n, 4096))
+for call in calls:
+    found = []
+    for count in (2048, 2047, 2040, 2044):  # divisible by 16, by nothing, by 8 and by 4
+        with compile._recorded(90) as launches:
+            call(count)
+        found.append([(one.source.hash(), one.warps, one.stages) for one in launches])
+    assert found[0] and all(other == found[0] for other in found), found
+"""
+
+
+def test_other_numbers_of_rows_compile_no_kernel():
+    """They differ from step to step. A compilation takes as long as a step."""
+    command = [sys.executable, "-c", STEPS]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=False, cwd=HERE.parents[1]
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_new_shift_compiles_no_kernel(cases):

@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from realign import cache, export, train
 from realign.data.records import write_pairs
+from realign.digits import ASSETS
 from realign.evaluate import __main__ as evaluate
 from realign.modeling import merging, model_files
 from realign.modeling.loading import load_model, load_processor, load_trained
@@ -115,6 +116,20 @@ def test_a_cast_model_has_the_buffers_of_one_loaded_in_that_dtype(bases, adapter
     assert torch.float32 in {buffer.dtype for buffer in truth.values()}
     for name, buffer in merged.named_buffers():
         assert buffer.dtype == truth[name].dtype and torch.equal(buffer, truth[name]), name
+
+
+def test_a_cast_keeps_what_the_class_keeps_in_fp32(tmp_path):
+    """As from_pretrained: routers of GLM-4.5V and ERNIE 4.5 VL have such weights."""
+    model = load_model(ASSETS)
+    name = next(name for name, _ in model.named_parameters() if name.endswith("norm.weight"))
+    with torch.no_grad():
+        model.get_parameter(name).add_(1e-4 * torch.randn(model.get_parameter(name).shape))
+    model._keep_in_fp32_modules_strict = {"norm.weight"}
+    exact = model.get_parameter(name).detach().clone()
+    merging.cast(model, torch.bfloat16)
+    kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert name in kept and all("norm.weight" in n for n in kept)
+    assert torch.equal(model.get_parameter(name), exact)
 
 
 def test_a_merge_that_gives_another_model_is_refused(bases, tmp_path, monkeypatch):

@@ -187,6 +187,9 @@ def test_what_a_server_writes_instead_of_text_is_read():
     message = {"content": None, "refusal": "I will not."}
     body = json.dumps({"choices": [{"message": message}]}).encode()
     assert parse_answer(body).error == "the model refuses: I will not."
+    for reason in ("content_filter", "length"):  # not whole
+        half = json.dumps(completion("A half sent", reason)).encode()
+        assert parse_answer(half) == Reply("A half sent", cut=True)
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "\U0001f600"}]
     assert parse_answer(json.dumps(completion(parts)).encode()) == Reply("a \U0001f600")
 

@@ -1,11 +1,15 @@
 """Digests of model folders in the pairs pipeline."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from realign.data.records import write_pairs
-from realign.pairs.io.rows import files_digest
+from realign.digits import ASSETS
+from realign.modeling.loading import load_model
+from realign.pairs.io.rows import files_digest, model_digest
 from realign.pairs.pipeline import PairsConfig, digit_sources, run_stages
 
 FILES = ("config.json", "model.safetensors", "chat_template.jinja", "additional/tool.jinja")
@@ -27,6 +31,20 @@ def test_each_file_of_a_model_changes_its_digest(model, file):
     assert files_digest(str(model)) == before
     (model / file).write_text("another")
     assert files_digest(str(model)) != before
+
+
+def test_the_base_of_an_adapter_changes_its_digest(tmp_path):
+    base = shutil.copytree(ASSETS, tmp_path / "base")
+    model = get_peft_model(load_model(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    before = model_digest(adapter)
+    assert model_digest(adapter) == before != files_digest(adapter)
+    (base / "runs").mkdir()  # files of runs in the base's folder are no part of the model
+    (base / "runs" / "pairs.parquet").write_text("x")
+    assert model_digest(adapter) == before
+    (base / "generation_config.json").write_text("{ }")
+    assert model_digest(adapter) != before
 
 
 def test_a_model_whose_chat_template_changes_answers_again(tmp_path, model, engine):

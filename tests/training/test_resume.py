@@ -160,8 +160,9 @@ def test_a_folder_model_of_the_user_is_never_replaced(pairs_file, tmp_path):
         for more in ((), ("--resume",)):
             with pytest.raises(ValueError, match=r"run replaces the folder .*model, and .* is in"):
                 run(pairs_file, output, "--model", output / "model", *more)
-        with pytest.raises(ValueError, match="model holds files, and the run would replace them"):
-            run(pairs_file, output)
+        for more in ((), ("--resume",)):  # --resume without a run starts one
+            with pytest.raises(ValueError, match="model holds files, and the run would replace"):
+                run(pairs_file, output, *more)
         found = {file.name: file.read_bytes() for file in (output / "model").iterdir()}
         assert found == before
 
@@ -176,6 +177,14 @@ def test_an_earlier_run_is_never_overwritten(pairs_file, dropout, plain, tmp_pat
         run(pairs_file, plain, *dropout, "--resume", *more)
     fewer = tmp_path / "fewer.parquet"
     write_pairs(fewer, read_pairs(pairs_file)[:-1])
+    with pytest.raises(ValueError, match=r"Changed: micro_batch_size \(3 -> 2\)"):
+        words = ("--lora-dropout", 0.1, *EVERY_2)
+        run(pairs_file, tmp_path / "d", *words, "--micro-batch-size", 3)
+        run(pairs_file, tmp_path / "d", *words, "--micro-batch-size", 2, "--resume")
+    with pytest.raises(ValueError, match=r"Changed: save_every \(2 -> 3\)"):
+        words = ("--eval-share", 0.2)  # evaluated at each checkpoint
+        run(pairs_file, tmp_path / "e", *words, *EVERY_2)
+        run(pairs_file, tmp_path / "e", *words, "--save-every", 3, "--resume")
     with pytest.raises(ValueError, match=r"Changed: the pairs\."):
         run(fewer, plain, *dropout, "--resume")
     assert (plain / "metrics.jsonl").read_bytes() == before

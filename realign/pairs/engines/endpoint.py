@@ -363,6 +363,10 @@ def data_url(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+_CUT = ("length", "content_filter", "abort")
+"""Reasons for the end of an answer that is not whole."""
+
+
 def parse_answer(body: bytes) -> Reply:
     """The reply in the body of an answer, or an error if it is not a chat completion."""
     try:
@@ -376,7 +380,7 @@ def parse_answer(body: bytes) -> Reply:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         start = _shown(body.decode(errors="replace"))
         return Reply("", f"the answer is not a chat completion: {start!r}")
-    return _checked(content, choice.get("finish_reason") == "length")
+    return _checked(content, choice.get("finish_reason") in _CUT)
 
 
 def _checked(content: Any, cut: bool) -> Reply:

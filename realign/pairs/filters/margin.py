@@ -28,7 +28,7 @@ from realign.pairs.config import PairsConfig
 from realign.pairs.engines import Reply
 from realign.pairs.filters.base import Candidate, PairFilter
 from realign.pairs.infill.refill import load_vlm
-from realign.pairs.io.rows import files_digest
+from realign.pairs.io.rows import model_digest
 from realign_kernels import Objective, ReferenceCache, objectives
 
 MARGIN = Objective(
@@ -59,7 +59,7 @@ class VisualMargin(PairFilter):
     def settings(self) -> dict[str, Any]:
         """The reference model."""
         config = self.config
-        return {"margin": [config.base, files_digest(config.base), config.computed]}
+        return {"margin": [config.base, model_digest(config.base), config.computed]}
 
     def open(self) -> None:
         """Loads the reference model."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from realign.data.records import Record, StoredImage
+from realign.modeling.merging import adapter_base
 from realign.pairs.io.images import ImageError, load_image
 
 Row = dict[str, Any]
@@ -125,7 +126,18 @@ def files_digest(path: str | None) -> str | None:
     return digest.hexdigest()
 
 
+def model_digest(path: str | None) -> str | None:
+    """`files_digest` of a model, and of the files in the base's folder for an adapter."""
+    digest = files_digest(path)
+    if path is None or digest is None or not Path(path, "adapter_config.json").exists():
+        return digest
+    base = Path(str(adapter_base(path)))
+    files = sorted(file for file in base.glob("*") if file.is_file())
+    marks = [(file.name, files_digest(str(file))) for file in files]
+    return hashlib.blake2b(f"{digest} {marks}".encode(), digest_size=16).hexdigest()
+
+
 def engine_identity(spec: str, computed: str) -> list[str | None]:
     """Identity of an engine for digests: spec, local model files, and `PairsConfig.computed`."""
     kind, _, model = spec.partition(":")
-    return [spec, files_digest(model), computed if kind == "transformers" else None]
+    return [spec, model_digest(model), computed if kind == "transformers" else None]

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from realign.modeling.prefetch import ahead
 from realign.pairs.io.images import ImageError
-from realign.pairs.io.rows import InvalidRecord, Row, files_digest, images_of
+from realign.pairs.io.rows import InvalidRecord, Row, images_of, model_digest
 from realign.pairs.retrieval.embed import Embedder
 from realign.pairs.retrieval.phash import perceptual_hash
 from realign.pairs.stages.base import Result, Stage
@@ -46,7 +46,8 @@ class Embed(Stage):
         config = self.config
         name = config.embed_model or config.base
         own = config.embed_model is None
-        return {"model": name, "mark": files_digest(name), "own tower": own, "dtype": config.dtype}
+        mark = model_digest(name.removeprefix("st:"))
+        return {"model": name, "mark": mark, "own tower": own, "dtype": config.dtype}
 
     def open(self) -> None:
         """Loads the encoder."""

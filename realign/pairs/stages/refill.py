@@ -25,9 +25,9 @@ from realign.pairs.io.rows import (
     chat_images,
     decode_images,
     engine_identity,
-    files_digest,
     images_of,
     load_in_threads,
+    model_digest,
     record_of,
 )
 from realign.pairs.io.shards import RowLookup
@@ -86,7 +86,7 @@ class Refill(ChatStage):
         """The model, and the settings that decide which completions pass."""
         config = self.config
         if self.engine_spec is None:
-            model = [config.base, files_digest(config.base), config.computed]
+            model = [config.base, model_digest(config.base), config.computed]
         else:
             model = engine_identity(self.engine_spec, config.computed)
         return {

@@ -220,7 +220,8 @@ def exp_rows(
     (count, width), vocabulary = hidden.shape, len(head.weight)
     tile = EXP_HEADS[listed(device_facts(hidden)[0])]
     tiles = ceil_div(vocabulary, tile.columns)
-    sums = hidden.new_empty(2, tiles, count, dtype=torch.float32)
+    # Rows are padded, so that addresses and stride are aligned for every `count`.
+    sums = hidden.new_empty(2, tiles, ceil_div(count, 16) * 16, dtype=torch.float32)[..., :count]
     programs = min(device_facts(hidden)[1], ceil_div(count, tile.rows) * tiles)
     boxes = [[tile.rows, tile.depth], [tile.columns, tile.depth], [tile.rows, tile.columns // 2]]
     launch(

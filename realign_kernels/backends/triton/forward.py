@@ -151,7 +151,8 @@ def head_stats(
     row_blocks, tiles = ceil_div(count, config.rows), ceil_div(vocabulary, config.columns)
     splits, tiles_per_split = choose_splits(row_blocks, tiles, processors)
     logit = hidden.new_full((count,), float("-inf"), dtype=torch.float32)
-    max_logits, sums_exp = hidden.new_empty(2, splits, count, dtype=torch.float32)
+    # Two tensors, whose addresses are both aligned for every `count`.
+    max_logits, sums_exp = (hidden.new_empty(splits, count, dtype=torch.float32) for _ in range(2))
     if count:
         left, right = hidden, weight
         if described:
