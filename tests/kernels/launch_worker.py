@@ -263,7 +263,9 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
     tile = configs.EXP_HEADS[architecture]
     sums = exp_head.exp_rows(hidden, head, narrow, shift, exp_logits)
     blocks, tiles = -(-count // tile.rows), -(-vocabulary // tile.columns)
-    assert sums.shape == (2, tiles, count) and sums.is_contiguous() and sums.dtype == FP32
+    pitch = -(-count // 16) * 16
+    assert sums.shape == (2, tiles, count) and sums.dtype == FP32
+    assert sums.stride() == (tiles * pitch, pitch, 1)
     programs = min(PROCESSORS[architecture], blocks * tiles)
     expected = {
         "hidden": descriptor(hidden, [tile.rows, tile.depth]),
@@ -276,7 +278,7 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
         "count": count,
         "vocabulary": vocabulary,
         "width": width,
-        "sums_stride": count,
+        "sums_stride": pitch,
         "inverse_temperature": 1 / temperature,
         **blocks_of(tile),
         "PROGRAMS": programs,
@@ -292,7 +294,7 @@ def exponentials(name, count, width, vocabulary, temperature=1.0, pitch=None):
         "divisor_out": sum_exp,
         "count": count,
         "tiles": tiles,
-        "sums_stride": count,
+        "sums_stride": pitch,
         "temperature": temperature,
         "BLOCK_ROWS": 32,
         "BLOCK_TILES": 32,
