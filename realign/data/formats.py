@@ -405,6 +405,15 @@ KEYS = {
 }
 """Format -> all keys that are not unknown."""
 ALL_KEYS = frozenset().union(*KEYS.values())
+_LOST = {
+    name: (
+        frozenset(_NOT_OF_ENTRY).difference(*form.needs)
+        if form.columns is None
+        else COLUMNS.difference(UNREAD, form.columns, *form.needs)
+    )
+    for name, form in FORMATS.items()
+}
+"""Format -> columns of `COLUMNS` that it does not read, besides those of `check_unread`."""
 
 
 @lru_cache(4096)
@@ -451,10 +460,9 @@ def entries_of(
             f"its keys {short_repr(unknown)} are unknown, and their names may change its meaning.",
             f"Rename or remove them. {nearest(item)}",
         )
-    form = FORMATS[name]
-    check_unread(item, form.reads)
-    _check_read(item, name, form)
-    entries = form.read(item)
+    check_unread(item, FORMATS[name].reads)
+    _check_read(item, name)
+    entries = FORMATS[name].read(item)
     if entries and all(entry.chosen and entry.chosen == entry.rejected for entry in entries):
         raise Skipped("its responses are the same.", reason="tie")
     if name.partition(":")[0] != "coco" and not all(entry.images for entry in entries):
@@ -466,13 +474,9 @@ def entries_of(
     return entries
 
 
-def _check_read(item: Mapping[str, Any], name: str, form: Format) -> None:
+def _check_read(item: Mapping[str, Any], name: str) -> None:
     """Raises `Malformed` for a column of preference data that the format does not read."""
-    if form.columns is None:
-        unread = {*_NOT_OF_ENTRY}.difference(*form.needs)
-    else:
-        unread = COLUMNS.difference(UNREAD, form.columns, *form.needs)
-    if lost := sorted(key for key in unread & item.keys() if not is_empty(item[key])):
+    if lost := sorted(key for key in _LOST[name] & item.keys() if not is_empty(item[key])):
         raise Malformed(
             f"its {' and '.join(lost)} would be lost, since format {name} does not read them.",
             "Remove or rename them, or write the record with other columns (docs/data.md).",

@@ -111,6 +111,31 @@ def held_out(
     return chosen[group]
 
 
+def shared_warning(
+    what: str,
+    table: RecordTable,
+    rows: Sequence[int] | np.ndarray,  # (records,)
+    training: RecordTable,
+    training_rows: Sequence[int] | np.ndarray,  # (others,)
+) -> str:
+    """A warning about evaluation records that share images with training records, or "".
+
+    Args:
+        what: names the evaluation records.
+        table: their table.
+        rows: their indices in it.
+        training: the table of the training records.
+        training_rows: their indices in it.
+    """
+    records, images = shared_records(table, rows, training, training_rows)
+    if not records:
+        return ""
+    return (
+        f"warning: {records:,} of {len(rows):,} {what} share images (or a prompt without one) with "
+        f"the training records: {images:,} in common. Their metrics are too good."
+    )
+
+
 def shared_records(
     table: RecordTable,
     rows: Sequence[int] | np.ndarray,  # (records,)

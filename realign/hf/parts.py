@@ -19,7 +19,7 @@ from realign.data import sources
 from realign.data.ranks import first_on_machine
 from realign.data.record_table import RecordTable, open_converted, open_table, table_of
 from realign.data.records import Record
-from realign.data.split import shared_records
+from realign.data.split import shared_warning
 from realign.files import read_json
 from realign.hf.records import records_of, stream_rows
 from realign.modeling import projector
@@ -189,16 +189,11 @@ def warn_of_shared(
         encoded: the examples of each table.
         log: receives the lines.
     """
-    rows = [table_rows(examples) for examples in encoded]
-    for name, table, own in zip(names, tables[1:], rows[1:], strict=True):
-        records, images = shared_records(table, own, tables[0], rows[0])
-        if records:
-            where = f"eval_dataset {name}".strip()
-            log(
-                f"warning: {records:,} of {len(own):,} records of {where} share images (or a "
-                f"prompt without one) with the training records: {images:,} in common. Their "
-                "metrics are too good."
-            )
+    for name, table, examples in zip(names, tables[1:], encoded[1:], strict=True):
+        training = tables[0], table_rows(encoded[0])
+        what = f"records of eval_dataset {name}".strip()
+        if warning := shared_warning(what, table, table_rows(examples), *training):
+            log(warning)
 
 
 def _table_of(rows: Any, progress: Callable[[Iterable[Record]], Iterable[Record]]) -> RecordTable:

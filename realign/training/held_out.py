@@ -85,13 +85,8 @@ def add(
     except RecordError as error:  # both files may have a record of that name
         error.args = (f"--eval-pairs {config.eval_pairs}: {error}",)
         raise
-    records, images = split.shared_records(other, table_rows(added), table, rows)
-    if records:
-        distributed.log_rank0(
-            f"warning: {records:,} of {len(added):,} held-out records share images (or a prompt "
-            f"without one) with the training records: {images:,} in common. Their metrics are too "
-            "good. Remove them from --eval-pairs, or use --eval-share."
-        )
+    if warning := split.shared_warning("held-out records", other, table_rows(added), table, rows):
+        distributed.log_rank0(f"{warning} Remove them from --eval-pairs, or use --eval-share.")
     return examples + added, np.arange(len(examples), len(examples) + len(added))
 
 

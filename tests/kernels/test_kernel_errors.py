@@ -153,6 +153,11 @@ MISTAKES = {
         {"leaf_logps": at((1, 2), NAN, torch.zeros(2, 3))},
         r"leaf_logps holds NaN or inf for 1 sequences, first \(leaf 1, example 2\)",
     ),
+    "count 0": (
+        preference,
+        {"terms": objectives.simpo(), "token_counts": at((1, 2), 0, torch.ones(2, 3).long())},
+        "token_counts must be at least 1",
+    ),
     "three for two": (preference, {"reference_logps": torch.zeros(3, 3)}, r"must be \(2, B\)"),
 }
 

@@ -20,6 +20,7 @@ from realign.modeling.loading import load_model, load_processor, set_pixels
 from realign.modeling.reference_logps import description
 from realign.pairs.config import PairsConfig
 from realign.pairs.engines import make_engine
+from realign.pairs.filters.margin import VisualMargin
 from realign.pairs.infill.refill import load_vlm
 from realign.pairs.io.rows import engine_identity
 from realign.train import main, train
@@ -104,6 +105,8 @@ def test_engines_and_pairs_use_the_limits(qwen, tmp_path):
     spec = f"transformers:{qwen}"
     marks = [engine_identity(spec, config.computed) for config in (plain, limited)]
     assert marks[0] == engine_identity(spec, "fp32") != marks[1]
+    settings = [VisualMargin(config).settings() for config in (plain, limited)]
+    assert settings[0] != settings[1]  # else margins of other sizes are kept
     with pytest.raises(ValueError, match="--max-pixels is 0"):
         replace(plain, max_pixels=0)
 

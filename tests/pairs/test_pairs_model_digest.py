@@ -11,6 +11,7 @@ from realign.digits import ASSETS
 from realign.modeling.loading import load_model
 from realign.pairs.io.rows import files_digest, model_digest
 from realign.pairs.pipeline import PairsConfig, digit_sources, run_stages
+from realign.pairs.stages.embed import Embed
 
 FILES = ("config.json", "model.safetensors", "chat_template.jinja", "additional/tool.jinja")
 
@@ -31,6 +32,14 @@ def test_each_file_of_a_model_changes_its_digest(model, file):
     assert files_digest(str(model)) == before
     (model / file).write_text("another")
     assert files_digest(str(model)) != before
+
+
+def test_a_changed_sentence_model_embeds_again(tmp_path, model):
+    config = PairsConfig(output=str(tmp_path / "pairs.parquet"), embed_model=f"st:{model}")
+    before = Embed(config).settings()
+    assert Embed(config).settings() == before
+    (model / "config.json").write_text("another")
+    assert Embed(config).settings() != before
 
 
 def test_the_base_of_an_adapter_changes_its_digest(tmp_path):
